@@ -1,0 +1,102 @@
+"""The policy-gradient loss, its aggregations, and reference-KL estimators.  Losses are sums over coefficients decided once per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from cppo_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cppo_lightning.batch import Gate
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over one whole optimizer step: all micro-batches, all ranks.  Scalars on the device."""
+
+    tokens: Tensor
+    sequences: Tensor
+
+
+@dataclass(frozen=True)
+class LossAggregation:
+    """How per-token losses become one number.  Dropped tokens and responses stay in the denominator.
+
+    Args:
+        kind: ``token-mean`` divides by all trainable tokens (DAPO); ``seq-mean-token-mean`` averages each response, then
+            the responses (GRPO); ``seq-mean-token-sum-norm`` divides each response's sum by a constant horizon (Dr.GRPO).
+        horizon: that constant, in tokens; usually the longest response allowed.
+
+    Raises:
+        ConfigError: unknown kind, or a horizon missing or given where it is not used.
+    """
+
+    kind: Aggregation = "token-mean"
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+        if self.kind not in kinds:
+            raise ConfigError(f"aggregation.kind must be one of {', '.join(kinds)}, got {self.kind!r}")
+        if (self.kind == "seq-mean-token-sum-norm") != (self.horizon is not None):
+            raise ConfigError(
+                f"aggregation.horizon (tokens) goes with kind seq-mean-token-sum-norm and only with it, "
+                f"got kind {self.kind!r} and horizon {self.horizon}"
+            )
+        if self.horizon is not None and self.horizon < 1:
+            raise ConfigError(f"aggregation.horizon must be at least 1 token, got {self.horizon}")
+
+    def coefficients(self, mask: Tensor, totals: Totals) -> Tensor:
+        """What each token's loss is multiplied by, ``[B, T]`` float32, 0 where masked; sums over a step need no further division."""
+        if self.kind == "token-mean":
+            return mask / totals.tokens
+        length = mask.sum(-1, keepdim=True).clamp(min=1) if self.horizon is None else self.horizon
+        return mask / (length * totals.sequences)
+
+
+@dataclass(frozen=True)
+class ReferenceKL:
+    """Penalty on the divergence from a frozen reference policy, estimated on the sampled tokens.
+
+    Args:
+        coef: weight beta of the penalty (DeepSeekMath uses 0.04); above 0, since without a penalty no reference is loaded.
+        estimator: with d = log pi - log ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman's estimators).
+    """
+
+    coef: float
+    estimator: KLEstimator = "k3"
+
+    def __post_init__(self) -> None:
+        if self.coef <= 0:
+            raise ConfigError(f"reference_kl.coef must be above 0, got {self.coef}; for no penalty set reference_kl: null")
+        if self.estimator not in ("k1", "k2", "k3"):
+            raise ConfigError(f"reference_kl.estimator must be k1, k2 or k3, got {self.estimator!r}")
+
+    def __call__(self, logp: Tensor, reference_logp: Tensor) -> Tensor:
+        """Per-token estimate ``[B, T]``, differentiable in ``logp``."""
+        d = logp - reference_logp
+        if self.estimator == "k1":
+            return d
+        if self.estimator == "k2":
+            return 0.5 * d.square()
+        return (-d).exp() + d - 1
+
+
+def policy_gradient_loss(logp: Tensor, advantages: Tensor, gate: Gate, coefficients: Tensor) -> Tensor:
+    """Scalar whose gradient is that of the surrogate: ``-sum coef_t * weight_t * A_t * log pi(y_t)``.
+
+    All inputs are ``[B, T]``; only ``logp`` carries a gradient.
+    """
+    return -(coefficients * gate.weight.detach() * advantages * logp).sum()
+
+
+def surrogate_value(advantages: Tensor, gate: Gate, coefficients: Tensor) -> Tensor:
+    """The objective's value with the same normalisation, for logs and tests (a scalar without gradient)."""
+    per_token = gate.diagnostics.get("surrogate", gate.weight * advantages)
+    return (coefficients * per_token).sum()

@@ -1,0 +1,186 @@
+"""The policy: a Hugging Face causal LM that answers with log-probabilities of a rollout's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.logprobs import Head, token_logprobs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from cppo_lightning.batch import RolloutBatch
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Which model is trained and how it is held in memory.
+
+    Args:
+        path: folder of a Hugging Face causal LM with its tokenizer, or a hub id.
+        dtype: dtype of the trained weights.
+        attn_implementation: attention of transformers, for example sdpa, eager or flash_attention_2.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory and more time.
+
+    Raises:
+        ConfigError: the folder is missing or holds no model.
+    """
+
+    path: str
+    dtype: DType = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_model_path(self.path)
+
+
+def check_model_path(path: str) -> None:
+    """Raise :class:`ConfigError` if ``path`` is a folder without a model, or neither a folder nor a possible hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.policy.path {path!r} has no config.json; it should be a folder saved by save_pretrained")
+        return
+    # a hub id is "owner/name" (or a bare "name"); anything longer or anchored can only be a folder
+    if folder.is_absolute() or path.startswith((".", "~")) or len(folder.parts) > 2 or (folder.parent.is_dir() and folder.parent != Path()):
+        raise ConfigError(f"model.policy.path {path!r} does not exist; it should be a model folder or a Hugging Face hub id")
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(path, "config.json")
+    except OSError as error:
+        raise ConfigError(
+            f"model.policy.path {path!r} is neither a folder here nor a model that the Hugging Face hub gave: {error}"
+        ) from error
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """pi must be the distribution whose ratio to mu is taken, so nothing in it may be random."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            setattr(config, name, 0.0)
+    return config
+
+
+@dataclass(frozen=True)
+class ResponseLogProbs:
+    """What the policy says of a rollout's tokens; float32, only ``logp`` carries a gradient, 0 where masked."""
+
+    logp: Tensor  # [B, T]
+    entropy: Tensor  # [B, T] nats
+    topk_logp: Tensor | None  # [B, T, K]
+
+
+class Policy(nn.Module):
+    """A causal LM whose forward pass gives log-probabilities of response tokens, never the logits.
+
+    Hidden states and output head are used inside one forward, so that sharding wrappers which gather parameters per
+    module keep working.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        _check_head(model)
+
+    @classmethod
+    def load(cls, config: PolicyConfig) -> Policy:
+        """Load the weights of ``config.path``.  Code that ships with a model is never run."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            config=_without_dropout(AutoConfig.from_pretrained(config.path, trust_remote_code=False)),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=False,
+        )
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # training mode is what gradient checkpointing asks for; with dropout off it is the same function
+        return cls(model).train()
+
+    def forward(self, batch: RolloutBatch, temperature: float) -> ResponseLogProbs:
+        """Log-probabilities of ``batch``'s response tokens at ``temperature``, and of its top-K ids if it carries them."""
+        prompt, response = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
+        attended = torch.cat([batch.prompt_mask, _attended(batch.response_mask)], dim=1)
+        hidden = self.model.base_model(
+            input_ids=torch.cat([batch.prompt_ids, batch.response_ids], dim=1),
+            attention_mask=attended.long(),
+            # positions count real tokens, so that left padding changes nothing
+            position_ids=(attended.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        predicting = hidden[:, prompt - 1 : prompt + response - 1]  # state s_t predicts token t
+        mask = batch.response_mask
+        flat = token_logprobs(
+            predicting[mask],
+            output_head(self.model, temperature),
+            batch.response_ids[mask],
+            None if batch.topk_ids is None else batch.topk_ids[mask],
+        )
+        return ResponseLogProbs(
+            logp=_unflatten(flat.logp, mask),
+            entropy=_unflatten(flat.entropy, mask),
+            topk_logp=None if flat.topk_logp is None else _unflatten(flat.topk_logp, mask),
+        )
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by their Hugging Face names, detached; tied ones once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+
+def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
+    """The model's output head, with what some architectures do to logits after it."""
+    config, output = model.config, model.get_output_embeddings()
+    return Head(
+        weight=output.weight,
+        bias=getattr(output, "bias", None),
+        temperature=temperature,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+        scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
+    )
+
+
+def _attended(response_mask: Tensor) -> Tensor:
+    """Everything up to a row's last trainable token is context, tokens inside that are not trained on included."""
+    return response_mask.flip(-1).cumsum(-1).flip(-1) > 0
+
+
+def _unflatten(values: Tensor, mask: Tensor) -> Tensor:
+    """``[N, ...]`` values of the unmasked positions to ``[B, T, ...]``, 0 elsewhere."""
+    out = values.new_zeros((*mask.shape, *values.shape[1:]))
+    out[mask] = values
+    return out
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """Compare our head with the model's own logits on two tokens: an architecture that treats logits in a way unknown
+    here would train on wrong log-probabilities without any other sign."""
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours = output_head(model).logits(hidden)
+    model.train(was_training)
+    gap, scale = float((own - ours).abs().max()), float(own.abs().max())
+    # bf16 heads round logits to 8 bits; a missed scale or cap is far larger
+    if gap > 0.02 * max(scale, 1e-3):
+        raise ConfigError(
+            f"{type(model).__name__} changes logits after its output head in a way that is not supported "
+            f"(largest difference {gap:.3g} at logits up to {scale:.3g}); its log-probabilities would be wrong"
+        )

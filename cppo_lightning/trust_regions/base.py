@@ -1,0 +1,31 @@
+"""The one seam of this project: a trust region sees detached numbers and answers with a gate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cppo_lightning.batch import Gate, TokenStats
+
+
+class TrustRegion(ABC):
+    """Decides where the policy may move.  Children are frozen dataclasses, one per file, chosen in YAML by ``class_path``.
+
+    Every PPO-style objective multiplies ``A_t * grad log pi(y_t | s_t)`` by a coefficient that carries no gradient, so a
+    strategy returns that coefficient (``Gate.weight``) and the decision behind it (``Gate.keep``); aggregation,
+    normalisation, reference KL and metrics are the trainer's.
+
+    Diagnostics that callbacks know: ``divergence``, ``weighted_divergence``, ``threshold``, ``toward``,
+    ``masked_by_position``, ``masked_by_budget`` (``[B, T]``), ``delta_b``, ``budget_spent``, ``budget_exhausted``,
+    ``first_exhausted`` (``[B]``), and ``surrogate`` (``[B, T]``), the objective's value where it is not ``weight * A``.
+    """
+
+    @property
+    def top_k(self) -> int:
+        """Number of top-K log-probabilities of mu that rollouts must carry; 0 for none."""
+        return 0
+
+    @abstractmethod
+    def __call__(self, stats: TokenStats) -> Gate:
+        """Return the gate for one micro-batch.  Rows are whole responses; nothing may depend on the padding."""
