@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
-    from typing_extensions import Self
 
 
 @dataclass
@@ -63,7 +64,7 @@ class RolloutBatch:
         return replace(self, **taken)
 
     def blank(self) -> Self:
-        """One row without a trainable token, on the same device: a micro-batch that adds nothing but takes part in collectives."""
+        """One row without a trainable token: a micro-batch that adds nothing but takes part in collectives."""
         row = {
             f.name: v.new_zeros((1,) * min(v.dim(), 2) + v.shape[2:])
             for f in fields(self)

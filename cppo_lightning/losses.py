@@ -1,4 +1,7 @@
-"""The policy-gradient loss, its aggregations, and reference-KL estimators.  Losses are sums over coefficients decided once per step."""
+"""The policy-gradient loss, its aggregations, and reference-KL estimators.
+
+Losses are sums over coefficients that are decided once per optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class LossAggregation:
             raise ConfigError(f"aggregation.horizon must be at least 1 token, got {self.horizon}")
 
     def coefficients(self, mask: Tensor, totals: Totals) -> Tensor:
-        """What each token's loss is multiplied by, ``[B, T]`` float32, 0 where masked; sums over a step need no further division."""
+        """Factor of each token's loss, ``[B, T]`` float32, 0 where masked; a step's sum needs no further division."""
         if self.kind == "token-mean":
             return mask / totals.tokens
         length = mask.sum(-1, keepdim=True).clamp(min=1) if self.horizon is None else self.horizon

@@ -53,9 +53,14 @@ def check_model_path(path: str) -> None:
             raise ConfigError(f"model.policy.path {path!r} has no config.json; it should be a folder saved by save_pretrained")
         return
     # a hub id is "owner/name" (or a bare "name"); anything longer or anchored can only be a folder
-    if folder.is_absolute() or path.startswith((".", "~")) or len(folder.parts) > 2 or (folder.parent.is_dir() and folder.parent != Path()):
+    if (
+        folder.is_absolute()
+        or path.startswith((".", "~"))
+        or len(folder.parts) > 2
+        or (folder.parent.is_dir() and folder.parent != Path())
+    ):
         raise ConfigError(f"model.policy.path {path!r} does not exist; it should be a model folder or a Hugging Face hub id")
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         cached_file(path, "config.json")
@@ -145,6 +150,10 @@ class Policy(nn.Module):
 def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
     """The model's output head, with what some architectures do to logits after it."""
     config, output = model.config, model.get_output_embeddings()
+    if output is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no output embedding; model.policy.path must hold a causal language model"
+        )
     return Head(
         weight=output.weight,
         bias=getattr(output, "bias", None),

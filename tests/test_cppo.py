@@ -129,7 +129,12 @@ def random_stats(seed: int, rows: int = 12, width: int = 40, vocabulary: int = 3
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(
     "cppo",
-    [CPPO(TopKTV(5)), CPPO(BinaryTV(), adaptive=False), CPPO(TopKTV(5), w_min=0.3, quantile=0.5, ceiling=5), CPPO(TopKTV(3), w_min=1)],
+    [
+        CPPO(TopKTV(5)),
+        CPPO(BinaryTV(), adaptive=False),
+        CPPO(TopKTV(5), w_min=0.3, quantile=0.5, ceiling=5),
+        CPPO(TopKTV(3), w_min=1),
+    ],
     ids=["paper", "binary-fixed", "median", "flat"],
 )
 def test_equals_a_loop_over_tokens(seed: int, cppo: CPPO) -> None:
@@ -179,13 +184,22 @@ def test_masked_quantile_equals_numpy(q: float) -> None:
     mask[0], mask[1] = False, True
     ours = masked_quantile(values, mask, q)
     expected = [np.quantile(v[m].numpy(), q) if m.any() else 0.0 for v, m in zip(values, mask, strict=True)]
-    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(ours.numpy(), np.array(expected), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("delta", 0), ("delta", -0.1), ("delta_b", -1), ("w_min", 0), ("w_min", 1.2), ("quantile", 2), ("ceiling", 0.5), ("max_ratio", 0)],
+    [
+        ("delta", 0),
+        ("delta", -0.1),
+        ("delta_b", -1),
+        ("w_min", 0),
+        ("w_min", 1.2),
+        ("quantile", 2),
+        ("ceiling", 0.5),
+        ("max_ratio", 0),
+    ],
 )
 def test_bad_settings_are_named(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"CPPO\.{field} must be .* got {value}"):
-        CPPO(**{field: value})
+        CPPO(**{field: value})  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_all_of_the_vocabulary_is_the_full_total_variation(seed: int) -> None:
 def test_more_bins_never_lower_the_divergence(seed: int) -> None:
     mu, pi, stats = random_response(seed)
     ladder = [BinaryTV()(stats), *(TopKTV(k)(stats) for k in (1, 2, 5, 12)), 0.5 * (mu - pi).abs().sum(-1)[None]]
-    for coarse, fine in zip(ladder, ladder[1:], strict=False):
+    for coarse, fine in pairwise(ladder):
         assert bool((coarse <= fine + 1e-6).all())
 
 

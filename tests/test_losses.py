@@ -12,7 +12,9 @@ from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals
 from tests.worked import VECTORS
 
 
-@pytest.mark.parametrize(("kind", "horizon"), [("token-mean", None), ("seq-mean-token-mean", None), ("seq-mean-token-sum-norm", 7)])
+@pytest.mark.parametrize(
+    ("kind", "horizon"), [("token-mean", None), ("seq-mean-token-mean", None), ("seq-mean-token-sum-norm", 7)]
+)
 def test_coefficients_do_not_depend_on_how_a_step_is_cut(kind: str, horizon: int | None) -> None:
     g = torch.Generator().manual_seed(0)
     mask = torch.rand(6, 10, generator=g) < 0.6

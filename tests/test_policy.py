@@ -28,12 +28,15 @@ def test_equals_log_softmax_of_the_models_logits(tiny_model_path: Path, temperat
     batch = make_batch([3, 9, 1], [4, 1, 12])
     policy = Policy.load(PolicyConfig(str(tiny_model_path)))
     output = policy(batch, temperature)
+    assert batch.topk_ids is not None
     for row in range(3):
         full, own = from_logits(policy.model, batch, row, temperature), batch.response_mask[row]
         ids = batch.response_ids[row][own]
         # 2e-5: float32 attention over padded and unpadded rows sums in different orders
         torch.testing.assert_close(output.logp[row][own].double(), full.gather(-1, ids[:, None]).squeeze(-1), rtol=0, atol=2e-5)
-        torch.testing.assert_close(output.topk_logp[row][own].double(), full.gather(-1, batch.topk_ids[row][own]), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            output.topk_logp[row][own].double(), full.gather(-1, batch.topk_ids[row][own]), rtol=0, atol=2e-5
+        )
         torch.testing.assert_close(output.entropy[row][own].double(), -(full.exp() * full).sum(-1), rtol=0, atol=2e-5)
     assert torch.equal(output.logp[~batch.response_mask], torch.zeros(int((~batch.response_mask).sum())))
 
@@ -42,7 +45,7 @@ def test_gradient_equals_that_of_the_models_logits(tiny_model_path: Path) -> Non
     batch = make_batch([3, 9], [4, 12])
     policy = Policy.load(PolicyConfig(str(tiny_model_path)))
     policy(batch, 1.0).logp.sum().backward()
-    ours = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
+    ours = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     policy.zero_grad()
     for row in range(2):
         full = from_logits(policy.model, batch, row, 1.0)
@@ -110,7 +113,7 @@ def test_named_weights_are_the_models_own(tiny_model_path: Path) -> None:
 
 
 def test_missing_models_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="model.policy.path .*does not exist"):
+    with pytest.raises(ConfigError, match=r"model.policy.path .*does not exist"):
         PolicyConfig(str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match="has no config.json"):
+    with pytest.raises(ConfigError, match=r"has no config.json"):
         PolicyConfig(str(tmp_path))

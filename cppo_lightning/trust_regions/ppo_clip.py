@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class PPOClip(TrustRegion):
     """The gradient of ``min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A)``, which is a mask on ``rho A grad log pi``.
 
-    ``PPOClip(0.2, 0.2)`` is PPO and GRPO; the defaults are DAPO's Clip-Higher (arXiv 2503.14476), the GRPO row of the CPPO paper.
+    ``PPOClip(0.2, 0.2)`` is PPO and GRPO; the defaults are DAPO's Clip-Higher (arXiv 2503.14476), the CPPO paper's GRPO.
 
     Args:
         eps_low: how far rho may fall below 1 when A < 0.

@@ -1,0 +1,34 @@
+"""Lightning callbacks that watch a run, imported as ``cppo_lightning.callbacks``."""
+
+from __future__ import annotations
+
+if __name__ != "cppo_lightning.callbacks":
+    raise ImportError(
+        f"imported as {__name__!r}: these callbacks are the package cppo_lightning.callbacks; run from another folder"
+    )
+
+from cppo_lightning.callbacks.aime_accuracy import AIMEAccuracy
+from cppo_lightning.callbacks.budget_exhaustion import BudgetExhaustion
+from cppo_lightning.callbacks.divergence import Divergence
+from cppo_lightning.callbacks.eval_accuracy import EvalAccuracy
+from cppo_lightning.callbacks.gate_metrics import GateMetrics
+from cppo_lightning.callbacks.logprob_gap import LogProbGap
+from cppo_lightning.callbacks.mask_rate import MaskRate
+from cppo_lightning.callbacks.rollout_metrics import RolloutMetrics
+from cppo_lightning.callbacks.rollout_progress import RolloutProgress
+from cppo_lightning.callbacks.run_summary import RunSummary
+from cppo_lightning.callbacks.text_samples import TextSamples
+
+__all__ = [
+    "AIMEAccuracy",
+    "BudgetExhaustion",
+    "Divergence",
+    "EvalAccuracy",
+    "GateMetrics",
+    "LogProbGap",
+    "MaskRate",
+    "RolloutMetrics",
+    "RolloutProgress",
+    "RunSummary",
+    "TextSamples",
+]

@@ -1,0 +1,69 @@
+"""Where callbacks put their numbers, and what they ask of the datamodule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+
+from cppo_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from cppo_lightning.rollout.engine import Sampling
+    from cppo_lightning.rollout.prompts import PromptSource
+    from cppo_lightning.rollout.sampler import Rollout, Sampler
+    from cppo_lightning.rollout.stream import RolloutPlan
+    from cppo_lightning.verifiers.base import Problem
+
+
+class RolloutData(Protocol):
+    """What these callbacks use of :class:`cppo_lightning.datamodule.RolloutDataModule`."""
+
+    @property
+    def rollout(self) -> Rollout | None: ...
+    @property
+    def sampler(self) -> Sampler: ...
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def plan(self) -> RolloutPlan: ...
+
+    def sync_weights(self) -> None: ...
+
+    def load(self, source: PromptSource) -> list[Problem]: ...
+
+
+def rollout_data(trainer: Trainer, needed_by: str) -> RolloutData:
+    """The datamodule that samples.
+
+    Raises:
+        ConfigError: the trainer has none, or one that does not sample rollouts.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None or not hasattr(datamodule, "sync_weights"):
+        raise ConfigError(f"{needed_by} needs a RolloutDataModule, got data={datamodule!r}; use one, or remove the callback")
+    return cast(RolloutData, datamodule)
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Log once, from any hook, at ``step`` (None: ``trainer.global_step``); ``ModelCheckpoint`` can monitor it.
+
+    ``LightningModule.log`` would write a value again at each later step of its epoch, and ``log_every_n_steps`` would lose what
+    is logged once per rollout; after training it is forbidden.
+    """
+    if not metrics:
+        return
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step if step is None else step)
+        logger.save()
+
+
+def notify(trainer: Trainer, hook: str, *args: object) -> None:
+    """Call ``hook(trainer, *args)`` on every callback that has it."""
+    for callback in getattr(trainer, "callbacks", ()):
+        if (observer := getattr(callback, hook, None)) is not None:
+            observer(trainer, *args)

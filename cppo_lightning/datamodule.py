@@ -1,0 +1,231 @@
+"""The LightningDataModule: prompts, engine and verifier become a stream of rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from cppo_lightning.advantages import AdvantageEstimator, GroupRelative
+from cppo_lightning.batch import RolloutBatch
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.rollout import (
+    PromptOrder,
+    PromptSource,
+    PromptTemplate,
+    Rollout,
+    RolloutEngine,
+    RolloutPlan,
+    RolloutStream,
+    Sampler,
+    Sampling,
+    TransformersEngine,
+    check_problems,
+)
+from cppo_lightning.verifiers import Verifier, VerifierPool
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+    from torch import Tensor
+
+    from cppo_lightning.verifiers import Problem
+
+
+class WeightSource(Protocol):
+    """What the datamodule needs of the module: the policy's weights by Hugging Face name."""
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``validate``, ``test`` and ``predict`` sample and judge.
+
+    Args:
+        prompts: the problems.
+        samples: responses to each problem.
+        sampling: how they are drawn; the paper evaluates at temperature 0.7 and top-p 0.95.
+        batch_prompts: problems sampled at a time.
+    """
+
+    prompts: PromptSource
+    samples: int = 1
+    sampling: Sampling = Sampling(temperature=0.7, top_p=0.95)
+    batch_prompts: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"data.evaluation.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class RolloutDataModule(LightningDataModule):
+    """Streams rollouts: each epoch, fresh weights go to the engine, it samples, the verifier judges, and minibatches come out.
+
+    Args:
+        model: the policy's folder or hub id, for its tokenizer and the engine (linked to ``model.policy.path``).
+        prompts: training problems.
+        verifier: judges responses, always in child processes; a bare verifier gets a :class:`VerifierPool` with its usual
+            deadline and memory limit.
+        engine: samples responses; None is the embedded :class:`TransformersEngine`.
+        plan: prompts, samples and updates per rollout.
+        sampling: how training responses are drawn; must not be truncated.
+        template: how a problem becomes a prompt.
+        advantages: turns a group's rewards into advantages.
+        evaluation: what ``validate``, ``test`` and ``predict`` use; None when they are not needed.
+        top_k: how many of mu's most likely tokens rollouts carry (linked to what the trust region reads).
+        seed: fixes the order of prompts and the engine's random numbers.
+
+    Raises:
+        ConfigError: truncated or greedy sampling, or a ``top_k`` that the engine cannot return.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prompts: PromptSource,
+        verifier: Verifier | VerifierPool,
+        engine: RolloutEngine | None = None,
+        plan: RolloutPlan = RolloutPlan(),
+        sampling: Sampling = Sampling(),
+        template: PromptTemplate = PromptTemplate(),
+        advantages: AdvantageEstimator = GroupRelative(),
+        evaluation: Evaluation | None = None,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if sampling.truncated:
+            raise ConfigError(
+                f"data.sampling is truncated (top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}): mu "
+                "would be renormalised over the kept tokens and every ratio biased; train with top_p 1, top_k 0, min_p 0"
+            )
+        if sampling.temperature == 0:
+            raise ConfigError("data.sampling.temperature must be above 0 to train on, got 0; the paper uses 1.0")
+        engine = TransformersEngine() if engine is None else engine
+        limit = engine.max_top_logprobs
+        if limit is not None and top_k > limit:
+            raise ConfigError(
+                f"the trust region reads the top {top_k} tokens, but {type(engine).__name__} returns at most {limit}; "
+                f"raise data.engine's max_top_logprobs or lower the divergence's k to {limit}"
+            )
+        self.model = model
+        self.prompts = prompts
+        self.pool = verifier if isinstance(verifier, VerifierPool) else VerifierPool(verifier)
+        self.engine = engine
+        self.plan = plan
+        self.sampling = sampling
+        self.template = template
+        self.advantages = advantages
+        self.evaluation = evaluation
+        self.top_k = top_k
+        self.seed = seed
+        self.rollout: Rollout | None = None  # the latest training rollout
+        self._order_position = 0
+        self._weights_current = False
+
+    def setup(self, stage: str) -> None:
+        """Load tokenizer and problems and have every gold answer checked; the engine starts with the first weights."""
+        from transformers import AutoTokenizer
+
+        self._weights_current = False  # another stage may come with other weights
+        world = self._trainer().world_size
+        if stage == "fit" and self.plan.prompts % (self.plan.updates * world):
+            raise ConfigError(
+                f"data.plan.prompts = {self.plan.prompts} does not divide into {self.plan.updates} updates on {world} ranks; "
+                f"take a multiple of {self.plan.updates * world}"
+            )
+        if stage != "fit" and self.evaluation is None:
+            raise ConfigError(f"data.evaluation is not set; {stage} needs to know what to sample")
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        self.sampler = Sampler(self.engine, tokenizer, self.template, self.pool)
+        if stage == "fit":
+            self.order = PromptOrder(self.load(self.prompts), self.seed)
+            self.order.position = self._order_position
+
+    def load(self, source: PromptSource) -> list[Problem]:
+        """A source's problems, each with a prompt that the template accepts and an answer that verifies itself."""
+        problems = source.load()
+        check_problems(problems, self.pool)
+        self.template.encode(self.sampler.tokenizer, problems[0])
+        return problems
+
+    def sync_weights(self) -> None:
+        """Hand the policy's current weights to the engine, unless it has them already."""
+        trainer = self._trainer()
+        version = trainer.global_step
+        if self._weights_current and self.engine.version == version:
+            return
+        self.engine.start(self.model, seed=self.seed + trainer.global_rank)
+        self.engine.load_weights(cast("WeightSource", trainer.lightning_module).named_weights(), version)
+        self._weights_current = True
+
+    def train_dataloader(self) -> DataLoader[RolloutBatch]:
+        # the id in padding is never read: attention and losses are masked
+        stream = RolloutStream(self._draw, self.advantages, self.plan.updates, self.top_k, pad_id=0)
+        return DataLoader(stream, batch_size=None, num_workers=0)
+
+    def val_dataloader(self) -> DataLoader[Rollout] | list[Any]:
+        """Nothing during fit: what is evaluated there, and when, is up to callbacks."""
+        return [] if self._trainer().state.fn == "fit" else self._evaluation_loader()
+
+    def test_dataloader(self) -> DataLoader[Rollout]:
+        return self._evaluation_loader()
+
+    def predict_dataloader(self) -> DataLoader[Rollout]:
+        return self._evaluation_loader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch.to(device) if isinstance(batch, RolloutBatch) else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompt_position": self.order.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._order_position = state_dict["prompt_position"]
+        if hasattr(self, "order"):
+            self.order.position = self._order_position
+
+    def close(self) -> None:
+        """Free the engine's model and end the verifier's processes.  Safe to call twice."""
+        self.engine.close()
+        self.pool.close()
+
+    def _draw(self) -> Rollout:
+        trainer = self._trainer()
+        self.sync_weights()
+        problems = self.order.take(self.plan.prompts)[trainer.global_rank :: trainer.world_size]
+        self.rollout = self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k)
+        return self.rollout
+
+    def _evaluation_loader(self) -> DataLoader[Rollout]:
+        assert self.evaluation is not None, "setup refused this"
+        problems = self.load(self.evaluation.prompts)[self._trainer().global_rank :: self._trainer().world_size]
+        return DataLoader(EvaluationStream(self, self.evaluation, problems), batch_size=None, num_workers=0)
+
+    def _trainer(self) -> Trainer:
+        if self.trainer is None:
+            raise RuntimeError("RolloutDataModule works inside a Trainer; pass it as datamodule=")
+        return self.trainer
+
+
+class EvaluationStream(IterableDataset[Rollout]):
+    """Judged samples of an evaluation's problems, ``batch_prompts`` problems at a time."""
+
+    def __init__(self, datamodule: RolloutDataModule, evaluation: Evaluation, problems: list[Problem]) -> None:
+        self.datamodule = datamodule
+        self.evaluation = evaluation
+        self.problems = problems
+
+    def __len__(self) -> int:
+        return -(-len(self.problems) // self.evaluation.batch_prompts)
+
+    def __iter__(self) -> Iterator[Rollout]:
+        self.datamodule.sync_weights()
+        step = self.evaluation.batch_prompts
+        for i in range(0, len(self.problems), step):
+            yield self.datamodule.sampler.sample(self.problems[i : i + step], self.evaluation.samples, self.evaluation.sampling)

@@ -1,0 +1,244 @@
+"""The LightningModule: policy, frozen reference and trust region.  ``training_step`` is one optimizer step."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.tensor import DTensor
+
+from cppo_lightning.batch import Gate, RolloutBatch, TokenStats, micro_batches
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals, policy_gradient_loss, surrogate_value
+from cppo_lightning.policy import Policy, PolicyConfig, ResponseLogProbs
+from cppo_lightning.rollout.sampler import Rollout
+from cppo_lightning.trust_regions import TrustRegion
+from cppo_lightning.verifiers.base import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from torch import Tensor
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+@runtime_checkable
+class GateObserver(Protocol):
+    """A callback that wants to see every gate."""
+
+    def on_gate(self, trainer: Trainer, pl_module: RLVRModule, stats: TokenStats, gate: Gate) -> None:
+        """Runs once per micro-batch, after the trust region decided and before the backward pass."""
+        ...
+
+
+class RLVRModule(LightningModule):
+    """Trains a causal LM on verified rollouts under a trust region.
+
+    Args:
+        policy: which model is trained.
+        trust_region: decides per token where the policy may move.
+        optimizer: makes the optimizer from the trainable parameters.
+        lr_scheduler: makes a learning-rate schedule from the optimizer, stepped once per optimizer step; None for a constant.
+        aggregation: how token losses become one number.
+        reference_kl: penalty on the divergence from the initial policy; None loads no reference.
+        temperature: temperature that rollouts are sampled at (linked to ``data.sampling.temperature`` on the command line).
+        micro_batch_tokens: padded tokens (prompt and response) in one forward pass.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        trust_region: TrustRegion,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        aggregation: LossAggregation = LossAggregation(),
+        reference_kl: ReferenceKL | None = None,
+        temperature: float = 1.0,
+        micro_batch_tokens: int = 16384,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ConfigError(f"model.temperature must be above 0 to train on, got {temperature}")
+        if micro_batch_tokens < 1:
+            raise ConfigError(f"model.micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ConfigError(f"model.max_grad_norm must be above 0, or null for no clipping, got {max_grad_norm}")
+        self.automatic_optimization = False
+        self.policy_config = policy
+        self.trust_region = trust_region
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.aggregation = aggregation
+        self.reference_kl = reference_kl
+        self.temperature = temperature
+        self.micro_batch_tokens = micro_batch_tokens
+        self.max_grad_norm = max_grad_norm
+        self.policy: Policy | None = None
+        self.reference: Policy | None = None
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        self.policy = Policy.load(self.policy_config)
+        if self.reference_kl is not None:
+            self.reference = Policy.load(self.policy_config).eval().requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self._policy().parameters() if p.requires_grad])
+        if self.make_lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights by Hugging Face name, for a rollout engine."""
+        return self._policy().named_weights()
+
+    def on_train_batch_start(self, batch: RolloutBatch, batch_idx: int) -> None:
+        """Runs before each update: puts this step's metrics at the number of optimizer steps taken before it."""
+        # Lightning's own x-axis counts batches, also those on which no step is taken
+        self.log("step", float(self.global_step))
+
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor] | None:
+        """One optimizer step on one minibatch; None when there was nothing to train on or the gradient was not finite."""
+        started = time.perf_counter()
+        totals = self._totals(batch)
+        if not int(totals.tokens):
+            if batch_idx == 0:  # groups are dealt evenly, so the whole rollout is empty
+                rank_zero_warn(
+                    "in every group of a rollout all rewards are equal, so it teaches nothing and no step is taken; if this "
+                    "goes on, the problems are too hard or too easy for the model, or its answers are cut off"
+                )
+            return None
+        values = torch.stack([self._accumulate(part, totals) for part in self._micro_batches(batch)]).sum(0)
+        grad_norm = self._step()
+        if grad_norm is None:
+            return None
+        surrogate, reference_kl, entropy = self._sum_over_ranks(values)
+        beta = 0.0 if self.reference_kl is None else self.reference_kl.coef
+        logs = {
+            "train/loss": beta * reference_kl - surrogate,
+            "train/surrogate": surrogate,
+            "train/entropy": entropy,
+            "train/grad_norm": grad_norm,
+            "train/tokens_per_second": totals.tokens / (time.perf_counter() - started),
+        }
+        if self.reference_kl is not None:
+            logs["train/reference_kl"] = reference_kl
+        self.log_dict(logs, batch_size=1)
+        return {"loss": logs["train/loss"]}
+
+    def _step(self) -> Tensor | None:
+        """Clip and step; the norm before clipping, or None when it is not finite and no step is taken."""
+        optimizer = cast("LightningOptimizer", self.optimizers())
+        norm = torch.nn.utils.clip_grad_norm_(self._policy().parameters(), self.max_grad_norm or math.inf)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        finite = bool(norm.isfinite())
+        if finite:
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+            optimizer.step()
+            if self.make_lr_scheduler is not None:
+                cast("LRScheduler", self.lr_schedulers()).step()
+        else:
+            rank_zero_warn(
+                f"step {self.global_step}: gradient norm {float(norm)}; no step was taken, the weights are unchanged"
+            )
+        optimizer.zero_grad()
+        return norm if finite else None
+
+    def _accumulate(self, batch: RolloutBatch, totals: Totals) -> Tensor:
+        """Add one micro-batch's gradient; returns its shares ``[3]`` of surrogate, reference KL and mean entropy."""
+        output = self._policy()(batch, self.temperature)
+        stats = self._stats(batch, output)
+        gate = self.trust_region(stats)
+        self._show(stats, gate)
+        coefficients = self.aggregation.coefficients(stats.mask, totals)
+        loss = policy_gradient_loss(output.logp, stats.advantages, gate, coefficients)
+        reference_kl = loss.new_zeros(())
+        if self.reference is not None and self.reference_kl is not None:
+            with torch.no_grad():
+                reference = self.reference(replace(batch, topk_ids=None), self.temperature)
+            reference_kl = (coefficients * self.reference_kl(output.logp, reference.logp)).sum()
+            loss = loss + self.reference_kl.coef * reference_kl
+        # ranks average their gradients, while the denominators are already global
+        self.manual_backward(loss * self.trainer.world_size)
+        surrogate = surrogate_value(stats.advantages, gate, coefficients)
+        return torch.stack([surrogate, reference_kl.detach(), output.entropy.sum() / totals.tokens])
+
+    def _stats(self, batch: RolloutBatch, output: ResponseLogProbs) -> TokenStats:
+        return TokenStats(
+            response_ids=batch.response_ids,
+            logp=output.logp.detach(),
+            rollout_logp=batch.rollout_logp,
+            advantages=batch.advantages[:, None].expand_as(batch.rollout_logp),
+            mask=batch.response_mask,
+            topk_ids=batch.topk_ids,
+            topk_rollout_logp=batch.topk_rollout_logp,
+            topk_logp=output.topk_logp,
+        )
+
+    def _show(self, stats: TokenStats, gate: Gate) -> None:
+        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, GateObserver):
+                callback.on_gate(self.trainer, self, stats, gate)
+
+    def _micro_batches(self, batch: RolloutBatch) -> list[RolloutBatch]:
+        """This rank's micro-batches, filled up with blank ones to the longest rank's count: collectives must match."""
+        parts = micro_batches(batch, self.micro_batch_tokens)
+        count = int(self.trainer.strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max"))
+        return parts + [batch.blank()] * (count - len(parts))
+
+    def _totals(self, batch: RolloutBatch) -> Totals:
+        counts = torch.stack([batch.num_tokens, batch.response_mask.any(-1).sum()])
+        tokens, sequences = self._sum_over_ranks(counts)
+        return Totals(tokens, sequences)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    def _policy(self) -> Policy:
+        if self.policy is None:
+            raise RuntimeError("the policy is loaded by configure_model, which the Trainer calls; call it first")
+        return self.policy
+
+    def validation_step(self, rollout: Rollout, batch_idx: int) -> None:
+        self._log_evaluation("val", rollout)
+
+    def test_step(self, rollout: Rollout, batch_idx: int) -> None:
+        self._log_evaluation("test", rollout)
+
+    def predict_step(self, rollout: Rollout, batch_idx: int) -> Rollout:
+        return rollout
+
+    def _log_evaluation(self, stage: str, rollout: Rollout) -> None:
+        count = len(rollout.samples)
+        sums = {
+            "accuracy": sum(s.verdict.outcome is Outcome.CORRECT for s in rollout.samples),
+            "reward": sum(s.verdict.reward for s in rollout.samples),
+            "truncated_share": sum(not s.completion.finished for s in rollout.samples),
+        }
+        # weighted by batch size here and over ranks, so that every sample counts once
+        self.log_dict({f"{stage}/{k}": v / count for k, v in sums.items()}, batch_size=count, on_epoch=True, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The reference is the initial model and is loaded from there, not from checkpoints."""
+        weights = checkpoint["state_dict"]
+        for name in [n for n in weights if n.startswith("reference.")]:
+            del weights[name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.reference is not None:
+            checkpoint["state_dict"] |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}

@@ -1,0 +1,27 @@
+"""Rollouts: prompts in, judged samples with their log-probabilities out, cut into minibatches."""
+
+from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from cppo_lightning.rollout.prompts import DatasetPrompts, PromptSource, PromptTemplate, ReasoningGymPrompts, check_problems
+from cppo_lightning.rollout.sampler import Rollout, Sample, Sampler
+from cppo_lightning.rollout.stream import PromptOrder, RolloutPlan, RolloutStream
+from cppo_lightning.rollout.transformers_engine import TransformersEngine
+from cppo_lightning.rollout.vllm_engine import VLLMEngine
+
+__all__ = [
+    "Completion",
+    "DatasetPrompts",
+    "PromptOrder",
+    "PromptSource",
+    "PromptTemplate",
+    "ReasoningGymPrompts",
+    "Rollout",
+    "RolloutEngine",
+    "RolloutPlan",
+    "RolloutStream",
+    "Sample",
+    "Sampler",
+    "Sampling",
+    "TransformersEngine",
+    "VLLMEngine",
+    "check_problems",
+]

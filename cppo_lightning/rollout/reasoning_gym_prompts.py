@@ -1,0 +1,97 @@
+"""Problems that reasoning-gym makes up."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.rollout.prompt_source import PromptSource
+from cppo_lightning.verifiers.base import Problem
+from cppo_lightning.verifiers.reasoning_gym_scorer import INSTALL, refuse_evaluating
+
+
+@dataclass(frozen=True)
+class ReasoningGymPrompts(PromptSource):
+    """Distinct questions of one reasoning-gym task.
+
+    Whether a question is held out depends on its text alone, so that "train" and "heldout" never share one, whatever their
+    sizes and seeds.
+
+    Args:
+        name: the task, for example ``basic_arithmetic``.
+        size: questions to draw, before repeated ones are dropped and the others are held back.
+        seed: of the drawing.
+        params: the task's own settings, for example ``{max_digits: 1}``.
+        heldout_share: share of all possible questions that belong to "heldout", from 0 to below 1.
+        split: which part to load.
+        limit: keep only the first so many.
+    """
+
+    name: str
+    size: int = 1000
+    seed: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+    heldout_share: float = 0.0
+    split: Literal["train", "heldout"] = "train"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"ReasoningGymPrompts.size must be at least 1, got {self.size}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"ReasoningGymPrompts.limit must be at least 1 or null, got {self.limit}")
+        if not 0 <= self.heldout_share < 1:
+            raise ConfigError(f"ReasoningGymPrompts.heldout_share must be in [0, 1), got {self.heldout_share}")
+        if self.split not in ("train", "heldout"):
+            raise ConfigError(f"ReasoningGymPrompts.split must be 'train' or 'heldout', got {self.split!r}")
+        if self.split == "heldout" and self.heldout_share == 0:
+            raise ConfigError("ReasoningGymPrompts.split is 'heldout', which is empty while heldout_share is 0")
+        if fixed := {"size", "seed"} & set(self.params):
+            raise ConfigError(f"ReasoningGymPrompts.params must not contain {sorted(fixed)}: set {sorted(fixed)} beside it")
+        refuse_evaluating(self.name)
+
+    def load(self) -> list[Problem]:
+        """The questions in the order in which they were first drawn."""
+        entries: dict[str, Mapping[str, Any]] = {}
+        for entry in self._draw():
+            entries.setdefault(entry["question"], entry)
+        kept = [entry for question, entry in entries.items() if self._held_out(question) == (self.split == "heldout")]
+        if not kept:
+            raise ConfigError(
+                f"ReasoningGymPrompts: none of the {len(entries)} distinct questions of {self.name!r} is in the split "
+                f"{self.split!r} at heldout_share {self.heldout_share}; draw more (size) or change the share"
+            )
+        return [self._problem(entry) for entry in kept[: self.limit]]
+
+    def _draw(self) -> list[dict[str, Any]]:
+        try:
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
+        except ImportError as error:
+            raise ConfigError(INSTALL) from error
+        if self.name not in DATASETS:
+            near = difflib.get_close_matches(self.name, DATASETS, n=3) or sorted(DATASETS)[:3]
+            raise ConfigError(f"ReasoningGymPrompts.name: reasoning-gym has no task {self.name!r}; near: {', '.join(near)}")
+        try:
+            return list(reasoning_gym.create_dataset(self.name, size=self.size, seed=self.seed, **self.params))
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ConfigError(f"ReasoningGymPrompts.params {self.params} do not suit {self.name!r}: {error}") from error
+
+    def _held_out(self, question: str) -> bool:
+        digest = hashlib.sha256(question.encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.heldout_share * 2**64
+
+    def _problem(self, entry: Mapping[str, Any]) -> Problem:
+        digest = hashlib.sha256(entry["question"].encode()).hexdigest()[:12]
+        answer = entry["answer"]
+        return Problem(
+            id=f"{self.name}-{digest}",
+            messages=({"role": "user", "content": entry["question"]},),
+            answer="" if answer is None else str(answer),
+            source=f"reasoning-gym {self.name}",
+            metadata={"task": self.name, "entry": dict(entry)},
+        )

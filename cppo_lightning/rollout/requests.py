@@ -1,0 +1,120 @@
+"""What both engines settle alike: whether a request is possible, where responses end, random seeds, complete weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from cppo_lightning.errors import ConfigError, RolloutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    from cppo_lightning.rollout.engine import Sampling
+
+
+def call_seed(seed: int, version: int, calls: int) -> int:
+    """The random seed of one ``generate``: a resumed run, at the same weights version and call, repeats its draws."""
+    digest = hashlib.blake2b(f"{seed}/{version}/{calls}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # torch wants an int64
+
+
+def read_config(model: str) -> PretrainedConfig:
+    """The configuration of ``model``, a folder or hub id.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {model!r} should be a folder or hub id of a Hugging Face causal LM: {error}") from error
+
+
+def eos_token_ids(model: str, config: PretrainedConfig) -> list[int]:
+    """Every token that ends a response: those of the generation config (else of the config) and the tokenizer's.
+
+    Raises:
+        ConfigError: the model has no tokenizer, or no such token.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        generation = GenerationConfig.from_pretrained(model)
+    except OSError:  # a folder without generation_config.json is in order
+        generation = GenerationConfig.from_model_config(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {model!r} should come with its tokenizer: {error}") from error
+    ids = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    found = sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
+    if not found:
+        raise ConfigError(f"model {model!r} should name an eos_token_id in generation_config.json: no response would end")
+    return found
+
+
+def check_request(
+    config: PretrainedConfig,
+    prompts: Sequence[Sequence[int]],
+    n: int,
+    sampling: Sampling,
+    top_logprobs: int,
+    context: int | None = None,
+) -> None:
+    """Refuse what the model cannot do; ``context`` is a limit on prompt and response below the model's own.
+
+    Raises:
+        ConfigError: n or top_logprobs is out of range, or a prompt leaves no room for ``max_tokens`` in the model's context.
+        RolloutError: a prompt is empty.
+    """
+    text = config.get_text_config(decoder=True)
+    if n < 1:
+        raise ConfigError(f"n, the number of samples per prompt, must be at least 1, got {n}")
+    if not 0 <= top_logprobs <= text.vocab_size:
+        raise ConfigError(f"top_logprobs must be between 0 and the vocabulary's {text.vocab_size} tokens, got {top_logprobs}")
+    room = context or getattr(text, "max_position_embeddings", None)
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise RolloutError(f"prompt {i} of {len(prompts)} has no tokens")
+        if room is not None and len(prompt) + sampling.max_tokens > room:
+            raise ConfigError(
+                f"sampling.max_tokens {sampling.max_tokens} with a prompt of {len(prompt)} tokens exceeds the context of"
+                f" {room}: it should be at most {room - len(prompt)}, or the prompt shorter"
+            )
+
+
+def meta_parameters(config: PretrainedConfig) -> dict[str, Tensor]:
+    """The model's parameters and buffers by Hugging Face name, without memory; tied names share one parameter."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict(keep_vars=True)
+
+
+def checked_weights(weights: Iterable[tuple[str, Tensor]], parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Pass ``weights`` on, each compared with ``parameters``, a ``state_dict(keep_vars=True)``; of tied names one is enough.
+
+    Raises:
+        RolloutError: a name is unknown, a shape differs, or at the end a parameter was missing.
+    """
+    taken: set[int] = set()
+    for name, tensor in weights:
+        own = parameters.get(name)
+        if own is None:
+            raise RolloutError(f"load_weights: the sampling model has no parameter {name!r}")
+        if own.shape != tensor.shape:
+            raise RolloutError(f"load_weights: {name!r} is {list(own.shape)} in the sampling model, got {list(tensor.shape)}")
+        taken.add(id(own))
+        yield name, tensor.detach()
+    left = {id(p): name for name, p in parameters.items() if isinstance(p, nn.Parameter) and id(p) not in taken}
+    if left:
+        names = sorted(left.values())
+        raise RolloutError(f"load_weights: missing {len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")

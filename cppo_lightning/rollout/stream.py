@@ -1,0 +1,122 @@
+"""The stream of minibatches: one rollout an epoch, cut into a fixed number of optimizer updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import IterableDataset
+
+from cppo_lightning.advantages import AdvantageEstimator, has_spread
+from cppo_lightning.batch import RolloutBatch
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.rollout.collate import collate
+
+if TYPE_CHECKING:
+    from cppo_lightning.rollout.sampler import Rollout
+    from cppo_lightning.verifiers.base import Problem
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """The batch arithmetic: a rollout is ``prompts * samples`` responses, trained on in ``updates`` optimizer steps.
+
+    Args:
+        prompts: prompts per rollout, over all ranks.
+        samples: responses to each prompt (the group size n).
+        updates: optimizer steps per rollout; each gets ``prompts / updates`` prompts with all their samples.
+
+    Raises:
+        ConfigError: a number below 1 (samples: below 2), or prompts that do not divide into the updates.
+    """
+
+    prompts: int = 64
+    samples: int = 8
+    updates: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 1), ("samples", 2), ("updates", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.plan.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.prompts % self.updates:
+            low = self.prompts // self.updates * self.updates
+            raise ConfigError(
+                f"data.plan.prompts = {self.prompts} (x {self.samples} samples) does not divide into "
+                f"data.plan.updates = {self.updates} updates of whole groups; "
+                f"take {f'{low} or ' if low else ''}{low + self.updates} prompts"
+            )
+
+
+class RolloutStream(IterableDataset[RolloutBatch]):
+    """Each pass draws one rollout with today's weights and yields its minibatches, ``len(stream)`` of them.
+
+    Groups whose rewards are all equal carry no gradient and are skipped; the rest is dealt evenly to the updates.  When
+    fewer groups are left than updates, the last minibatches are empty and no step is taken on them.
+
+    The true length matters: Lightning prefetches one batch of a dataset without ``__len__``, and a prefetched rollout
+    comes from weights that are one step old.
+
+    Args:
+        draw: samples and judges one rollout.
+        advantages: turns ``[P, G]`` rewards into advantages.
+        updates: minibatches per rollout.
+        top_k: K of the top-K tensors, 0 for none.
+        pad_id: token id that fills padding.
+    """
+
+    def __init__(
+        self, draw: Callable[[], Rollout], advantages: AdvantageEstimator, updates: int, top_k: int, pad_id: int
+    ) -> None:
+        self.draw = draw
+        self.advantages = advantages
+        self.updates = updates
+        self.top_k = top_k
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return self.updates
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        rollout = self.draw()
+        groups = rollout.groups()
+        rewards = torch.tensor([[s.verdict.reward for s in group] for group in groups], dtype=torch.float32)
+        advantages = self.advantages(rewards)
+        kept = has_spread(rewards).nonzero().flatten()
+        for share in kept.tensor_split(self.updates):
+            rows = [(i, j) for i in share.tolist() for j in range(rollout.n)]
+            yield collate(
+                [groups[i][j] for i, j in rows],
+                [float(advantages[i, j]) for i, j in rows],
+                [i for i, _ in rows],
+                version=rollout.version,
+                top_k=self.top_k,
+                pad_id=self.pad_id,
+            )
+
+
+class PromptOrder:
+    """Problems in an order that a seed fixes: every problem once, in a new shuffle each pass.
+
+    ``position`` counts problems handed out and is all the state there is.
+    """
+
+    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+        self.problems = problems
+        self.seed = seed
+        self.position = 0
+        self._shuffled: tuple[int, list[int]] = (-1, [])
+
+    def take(self, count: int) -> list[Problem]:
+        """The next ``count`` problems."""
+        taken = [self._at(self.position + i) for i in range(count)]
+        self.position += count
+        return taken
+
+    def _at(self, position: int) -> Problem:
+        epoch, index = divmod(position, len(self.problems))
+        if self._shuffled[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._shuffled = (epoch, torch.randperm(len(self.problems), generator=generator).tolist())
+        return self.problems[self._shuffled[1][index]]

@@ -1,0 +1,9 @@
+"""Judging responses: verifiers, and a pool of processes that runs them.  Imports no torch."""
+
+from cppo_lightning.verifiers.base import Outcome, Problem, Verdict, Verifier
+from cppo_lightning.verifiers.format import Format
+from cppo_lightning.verifiers.math_answer import MathAnswer
+from cppo_lightning.verifiers.pool import VerifierPool
+from cppo_lightning.verifiers.reasoning_gym_scorer import ReasoningGymVerifier
+
+__all__ = ["Format", "MathAnswer", "Outcome", "Problem", "ReasoningGymVerifier", "Verdict", "Verifier", "VerifierPool"]

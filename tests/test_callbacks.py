@@ -1,0 +1,281 @@
+"""Callbacks in real runs of Lightning's Trainer; numbers are checked by hand and read back from TensorBoard's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from cppo_lightning.batch import Gate, TokenStats
+from cppo_lightning.callbacks import (
+    AIMEAccuracy,
+    BudgetExhaustion,
+    Divergence,
+    EvalAccuracy,
+    GateMetrics,
+    MaskRate,
+    RolloutMetrics,
+    RunSummary,
+    TextSamples,
+)
+from cppo_lightning.callbacks.text_samples import as_markdown
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.metrics import Totals, masked_total
+from cppo_lightning.rollout.prompts import DatasetPrompts, PromptSource
+from cppo_lightning.verifiers.base import Outcome, Problem
+from tests.callback_rig import UPDATES, Data, Module, events, rollout, scalars, stats_and_gate, trainer
+
+C, W, U, T, F = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE, Outcome.TIMED_OUT, Outcome.FAILED
+OUTCOMES = [[C, W, U, T], [C, C, C, C]]
+
+
+class Counted(PromptSource):
+    """Problem i, which the rig answers correctly i times."""
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = ids
+
+    def load(self) -> list[Problem]:
+        return [Problem(str(i), ({"role": "user", "content": "?"},), "0") for i in self.ids]
+
+
+def fit(folder: Path, callbacks: list[Any], **settings: Any) -> Data:
+    data = Data(OUTCOMES)
+    trainer(folder, callbacks, **settings).fit(Module(), datamodule=data)
+    return data
+
+
+def test_gate_metrics_of_a_step_by_hand(tmp_path: Path) -> None:
+    fit(tmp_path, [MaskRate(bins=5), Divergence(), BudgetExhaustion()], rollouts=1)
+    found = scalars(tmp_path)
+    values = {
+        "mask/rate": 3 / 7,
+        "mask/by_position": 1 / 7,
+        "mask/by_budget": 2 / 7,
+        "mask/toward": 2 / 7,
+        "mask/rate_at/00-20": 0,
+        "mask/rate_at/20-40": 0,
+        "mask/rate_at/40-60": 1,  # the third token of five and the second of two
+        "mask/rate_at/60-80": 0,
+        "mask/rate_at/80-100": 1,
+        "trust_region/divergence_mean": 2.8 / 7,
+        "trust_region/divergence_max": 0.7,
+        "trust_region/weighted_divergence_mean": 1.4 / 7,
+        "trust_region/weighted_divergence_max": 0.35,
+        "budget/exhausted_share": 1 / 2,
+        "budget/spent_mean": 0.85,
+        "budget/spent_max": 1.2,
+        "budget/delta_b": 0.03,
+        "budget/first_exhausted": 3 / 5,
+        "budget/threshold": 0.07,
+    }
+    assert {tag for tag in found if "/" in tag} == set(values)
+    for tag, value in values.items():
+        assert [step for step, _ in found[tag]] == list(range(UPDATES)), tag
+        assert [v for _, v in found[tag]] == pytest.approx([value] * UPDATES, abs=1e-6), tag
+
+
+class FirstOfRollout(GateMetrics):
+    """Has something to say at even steps only."""
+
+    def totals(self, stats: TokenStats, gate: Gate) -> Totals:
+        return {} if self.step % 2 else {"a": masked_total(stats.mask, stats.mask)}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.step = trainer.global_step
+
+
+def test_a_value_is_logged_where_it_belongs_and_nowhere_else(tmp_path: Path) -> None:
+    fit(tmp_path, [FirstOfRollout(["a"])], log_every_n_steps=50)
+    assert scalars(tmp_path)["a"] == [(0, 1.0), (2, 1.0)]
+
+
+def test_toward_is_worked_out_when_the_trust_region_does_not_say() -> None:
+    stats, gate = stats_and_gate()  # rho = exp(0.1) and A = 1: every token moves away
+    total, count = MaskRate().totals(stats, Gate(gate.weight, gate.keep))["mask/toward"]
+    assert (float(total), float(count)) == (0.0, 7.0)
+
+
+def test_a_trust_region_without_budget_is_told_once_and_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stats, gate = stats_and_gate()
+    callback = BudgetExhaustion()
+    run = trainer(tmp_path, [callback])
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            callback.on_gate(run, Module(), stats, Gate(gate.weight, gate.keep))
+    assert sum("no prefix budget" in r.message for r in caplog.records) == 1
+    assert callback.totals(stats, Gate(gate.weight, gate.keep)) == {}
+
+
+def test_rollout_metrics_by_hand(tmp_path: Path) -> None:
+    fit(tmp_path, [RolloutMetrics()])
+    found = scalars(tmp_path)
+    values = {
+        "reward": 5 / 8,
+        "accuracy": 5 / 8,
+        "response_length": 2.5,
+        "truncated_share": 2 / 8,
+        "zero_spread_share": 1 / 2,
+        "verdict/correct": 5 / 8,
+        "verdict/wrong": 1 / 8,
+        "verdict/unparseable": 1 / 8,
+        "verdict/timed_out": 1 / 8,
+        "verdict/failed": 0,
+        "tokens_per_second": 20 / 2.0,
+        "seconds_sampling": 2.0,
+        "seconds_verifying": 0.5,
+    }
+    for name, value in values.items():
+        # once per rollout, at the steps that its weights had seen
+        assert found[f"rollout/{name}"] == [(0, pytest.approx(value)), (UPDATES, pytest.approx(value))], name
+
+
+def test_eval_accuracy_by_hand(tmp_path: Path) -> None:
+    callback = EvalAccuracy({"easy": Counted(4, 3, 4), "hard": Counted(0)}, every_n_rollouts=2, samples=4, batch_problems=2)
+    data = fit(tmp_path, [callback], rollouts=3)
+    found = scalars(tmp_path)
+    steps = [0, 2 * UPDATES, 3 * UPDATES]  # at start, every second rollout, at the end
+    for tag, value in {
+        "eval/easy/avg@4": 11 / 12,
+        "eval/hard/avg@4": 0,
+        "eval/avg@4": 11 / 24,
+        "eval/easy/truncated_share": 1 / 4,
+        "eval/easy/unparseable_share": 1 / 12,
+        "eval/hard/unparseable_share": 1,
+    }.items():
+        assert found[tag] == [(step, pytest.approx(value)) for step in steps], tag
+    assert data.synced == 3
+    assert [n for n, _ in data.sampler.asked] == [2, 1, 1] * 3
+    sampling = data.sampler.asked[0][1]
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.7, 0.95)
+
+
+def test_a_run_that_ends_early_is_evaluated_at_its_end_and_only_once(tmp_path: Path) -> None:
+    callback = EvalAccuracy({"a": Counted(1)}, every_n_rollouts=1, samples=2, at_start=False)
+    fit(tmp_path, [callback], rollouts=5, max_steps=UPDATES + 1)  # ends inside the second rollout
+    assert [step for step, _ in callback.history] == [UPDATES, UPDATES + 1]
+
+
+def test_checkpoints_can_monitor_an_evaluation_and_a_resumed_run_keeps_the_first(tmp_path: Path) -> None:
+    def callbacks() -> tuple[EvalAccuracy, ModelCheckpoint]:
+        saving = ModelCheckpoint(tmp_path, "{epoch}", monitor="eval/avg@2", mode="max", save_on_train_epoch_end=True)
+        return EvalAccuracy({"a": Counted(1)}, every_n_rollouts=1, samples=2), saving
+
+    first, saving = callbacks()
+    fit(tmp_path, [first, saving], rollouts=1, enable_checkpointing=True)
+    assert float(torch.as_tensor(saving.best_model_score)) == 0.5
+    resumed, again = callbacks()
+    run = trainer(tmp_path, [resumed, again], rollouts=2, enable_checkpointing=True)
+    run.fit(Module(), datamodule=Data(OUTCOMES), ckpt_path=saving.best_model_path, weights_only=True)
+    assert [step for step, _ in resumed.history] == [0, UPDATES, 2 * UPDATES]
+
+
+def test_aime_accuracy_is_a_preset() -> None:
+    callback = AIMEAccuracy(every_n_rollouts=5)
+    assert isinstance(callback, EvalAccuracy)
+    assert list(callback.datasets) == ["aime24", "aime25", "aime26"]
+    assert all(isinstance(source, DatasetPrompts) for source in callback.datasets.values())
+    assert (callback.samples, callback.temperature, callback.top_p) == (16, 0.7, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"datasets": {}}, "datasets must name at least one set"),
+        ({"datasets": {"a/b": Counted(1)}}, "without '/'"),
+        ({"every_n_rollouts": 0}, "every_n_rollouts must be at least 1, got 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"temperature": 0}, "samples must be 1 at temperature 0"),
+        ({"top_p": 0}, "top_p must be in"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvalAccuracy(**{"datasets": {"a": Counted(1)}, **settings})
+
+
+def test_callbacks_that_need_a_sampling_datamodule_say_so(tmp_path: Path) -> None:
+    loader = Data(OUTCOMES).train_dataloader()
+    for callback in (EvalAccuracy({"a": Counted(1)}), RolloutMetrics(), TextSamples()):
+        with pytest.raises(ConfigError, match="needs a RolloutDataModule"):
+            trainer(tmp_path, [callback]).fit(Module(), loader)
+
+
+def test_two_evaluations_that_would_log_the_same_tag_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two callbacks would log eval/avg@16"):
+        fit(tmp_path, [EvalAccuracy({"a": Counted(1)}), AIMEAccuracy({"b": Counted(1)})])
+
+
+def test_text_samples_reach_tensorboard(tmp_path: Path) -> None:
+    fit(tmp_path, [TextSamples(every_n_rollouts=2, count=3)], rollouts=3)
+    found = events(tmp_path)
+    tags = [f"samples/{i}/text_summary" for i in range(3)]
+    assert sorted(found.Tags()["tensors"]) == tags
+    assert [event.step for event in found.Tensors(tags[0])] == [0, 2 * UPDATES]
+    text = found.Tensors(tags[0])[0].tensor_proto.string_val[0].decode()
+    assert "**correct**, reward 1, 1 tokens" in text
+    assert "    2 + 0?" in text
+
+
+def test_nothing_that_a_model_writes_is_markup_or_a_control_character() -> None:
+    evil = "<script>alert(1)</script>\n```\n# big\n\x1b[31mred\x00\n" + "x" * 500 + "\ud800"
+    text = as_markdown(rollout([[W]], text=evil).samples[0], max_chars=10_000)
+    response = text.split("*response*\n\n")[1].split("\n\n*answer*")[0]
+    assert all(line.startswith("    ") and len(line) <= 114 for line in response.split("\n"))
+    assert "\\x1b[31mred\\x00" in response
+    assert all(c.isprintable() or c == "\n" for c in text)
+    short = as_markdown(rollout([[W]], text="a" * 50 + "b" * 50).samples[0], max_chars=20)
+    assert "    aaaaaaaaaa\n    ... 80 characters left out ...\n    bbbbbbbbbb" in short
+
+
+def test_run_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    commands = ["python -m cppo_lightning fit --config " + "x" * 150]
+    callbacks = [EvalAccuracy({"sums": Counted(1, 2)}, samples=2), RunSummary(next_commands=commands)]
+    fit(tmp_path, callbacks)
+    printed = capsys.readouterr().out
+    assert f"0.750 at step 0  ->  0.750 at step {2 * UPDATES}" in printed
+    assert f"2, {2 * UPDATES}" in printed
+    assert "verifying 0.5" in printed
+    assert "42.86% of tokens (first rollout 42.86%, last 42.86%)" in printed
+    assert f"--logdir {tmp_path / 'run'}" in printed
+    assert f"\n  {commands[0]}\n" in printed, "a command stays on one line"
+
+
+def test_run_summary_without_anything_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = Data(OUTCOMES).train_dataloader()
+    trainer(tmp_path, [RunSummary()], logger=CSVLogger(tmp_path), max_steps=0).fit(Module(), loader)
+    assert "0, 0" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_log_what_one_rank_logs(tmp_path: Path) -> None:
+    def run(folder: Path, devices: int) -> dict[str, list[tuple[int, float]]]:
+        callbacks = [
+            MaskRate(),
+            Divergence(),
+            BudgetExhaustion(),
+            RolloutMetrics(),
+            EvalAccuracy({"odd": Counted(4, 3, 1), "one": Counted(2)}, samples=4),  # ranks do not divide these
+        ]
+        fit(
+            folder,
+            callbacks,
+            rollouts=1,
+            devices=devices,
+            use_distributed_sampler=False,
+            strategy="ddp_spawn" if devices > 1 else "auto",
+        )
+        return scalars(folder)
+
+    one, two = run(tmp_path / "one", 1), run(tmp_path / "two", 2)
+    assert set(one) == set(two)
+    for tag in set(one) - {"eval/seconds", "rollout/tokens_per_second"}:
+        assert two[tag] == [(step, pytest.approx(value, abs=1e-7)) for step, value in one[tag]], tag
+    # each rank of the rig samples the same 20 tokens in 2 seconds
+    assert two["rollout/tokens_per_second"] == [(0, pytest.approx(2 * one["rollout/tokens_per_second"][0][1]))]

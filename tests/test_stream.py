@@ -1,0 +1,126 @@
+"""Collating, skipping, cutting and the order of prompts, with hand-made samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cppo_lightning.advantages import GroupRelative
+from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.rollout.collate import collate
+from cppo_lightning.rollout.engine import Completion, Sampling
+from cppo_lightning.rollout.sampler import Rollout, Sample
+from cppo_lightning.rollout.stream import PromptOrder, RolloutPlan, RolloutStream
+from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
+
+
+def make_sample(problem: int, reward: float, length: int, k: int = 2) -> Sample:
+    ids = torch.arange(1, length + 1) + 10 * problem
+    topk_ids = ids[:, None] + torch.arange(k)
+    completion = Completion(ids, -ids.float() / 100, True, topk_ids, -topk_ids.float() / 100)
+    verdict = Verdict(Outcome.CORRECT if reward else Outcome.WRONG, reward)
+    return Sample(Problem(str(problem), (), ""), list(range(1, problem + 2)), completion, "", verdict)
+
+
+def make_rollout(rewards: list[list[float]], version: int = 5) -> Rollout:
+    samples = [make_sample(p, r, 1 + (p + j) % 4) for p, row in enumerate(rewards) for j, r in enumerate(row)]
+    return Rollout(samples, len(rewards[0]), version, 0.0, 0.0)
+
+
+def test_collate_pads_prompts_left_and_responses_right() -> None:
+    rollout = make_rollout([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    batch = collate(rollout.samples, [0.5, -0.5] * 3, [0, 0, 1, 1, 2, 2], version=5, top_k=2, pad_id=99)
+    assert batch.prompt_ids.tolist()[::2] == [[99, 99, 1], [99, 1, 2], [1, 2, 3]]
+    assert batch.prompt_mask.tolist()[::2] == [[False, False, True], [False, True, True], [True, True, True]]
+    for row, sample in enumerate(rollout.samples):
+        n = len(sample.completion.ids)
+        assert batch.response_ids[row].tolist() == sample.completion.ids.tolist() + [99] * (4 - n)
+        assert batch.response_mask[row].tolist() == [True] * n + [False] * (4 - n)
+        assert torch.equal(batch.rollout_logp[row, :n], sample.completion.logp)
+        assert batch.topk_ids is not None
+        assert sample.completion.topk_ids is not None
+        assert torch.equal(batch.topk_ids[row, :n], sample.completion.topk_ids)
+    assert batch.policy_version.tolist() == [5] * 6
+
+
+def test_groups_without_spread_are_skipped_and_the_rest_dealt_evenly() -> None:
+    rollout = make_rollout([[1, 1], [0, 1], [0, 0], [1, 0], [0, 1], [1, 0], [1, 1], [0, 1]])
+    stream = RolloutStream(lambda: rollout, GroupRelative(), updates=2, top_k=0, pad_id=0)
+    batches = list(stream)
+    assert len(batches) == len(stream) == 2
+    assert [b.group.tolist() for b in batches] == [[1, 1, 3, 3, 4, 4], [5, 5, 7, 7]]
+    # two rewards 0 and 1: mean 1/2, unbiased std 1/sqrt(2)
+    torch.testing.assert_close(batches[0].advantages, torch.tensor([-1, 1, 1, -1, -1, 1]) * 0.5**0.5, rtol=1e-5, atol=0)
+    assert batches[0].topk_ids is None
+
+
+def test_too_few_groups_leave_empty_minibatches() -> None:
+    rollout = make_rollout([[1, 1], [0, 1], [0, 0], [1, 1]])
+    batches = list(RolloutStream(lambda: rollout, GroupRelative(), updates=2, top_k=2, pad_id=0))
+    assert [len(b) for b in batches] == [2, 0]
+    assert int(batches[1].num_tokens) == 0
+    assert batches[1].topk_ids is not None
+    assert batches[1].topk_ids.shape == (0, 0, 2)
+
+
+def test_prompt_order_is_fixed_by_the_seed_and_the_position() -> None:
+    problems = [Problem(str(i), (), "") for i in range(10)]
+
+    def ids(order: PromptOrder, count: int) -> list[str]:
+        return [p.id for p in order.take(count)]
+
+    first = PromptOrder(problems, seed=3)
+    passes = [ids(first, 4), ids(first, 9), ids(first, 7)]
+    flat = [i for part in passes for i in part]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == [str(i) for i in range(10)]
+    assert flat[:10] != flat[10:], "every pass has an order of its own"
+    resumed = PromptOrder(problems, seed=3)
+    resumed.position = 4
+    assert ids(resumed, 16) == flat[4:]
+    assert ids(PromptOrder(problems, seed=4), 10) != flat[:10]
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            {"prompts": 10, "samples": 4, "updates": 4},
+            "prompts = 10 .* does not divide into data.plan.updates = 4.*take 8 or 12",
+        ),
+        ({"prompts": 2, "updates": 4}, "take 4 prompts"),
+        ({"samples": 1}, "data.plan.samples must be at least 2, got 1"),
+        ({"prompts": 0}, "data.plan.prompts must be at least 1, got 0"),
+        ({"updates": 0}, "data.plan.updates must be at least 1, got 0"),
+    ],
+)
+def test_impossible_batch_arithmetic_is_refused(plan: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RolloutPlan(**plan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "sampling.max_tokens"),
+        ({"temperature": -1}, "sampling.temperature"),
+        ({"top_p": 0}, "sampling.top_p"),
+        ({"top_k": -1}, "sampling.top_k"),
+        ({"min_p": 1}, "sampling.min_p"),
+    ],
+)
+def test_impossible_sampling_is_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**settings)  # type: ignore[arg-type]
+
+
+def test_an_answer_without_its_log_probabilities_is_refused() -> None:
+    ids = torch.arange(3)
+    with pytest.raises(RolloutError, match=r"'p7'.*3 tokens with 2 log-prob"):
+        Completion(ids, torch.zeros(2), True).check("p7")
+    with pytest.raises(RolloutError, match=r"'p7'.*2 top-K rows"):
+        Completion(ids, torch.zeros(3), True, torch.zeros(2, 1), torch.zeros(2, 1)).check("p7")
+    with pytest.raises(RolloutError, match=r"'p7'.*non-finite log-prob"):
+        Completion(ids, torch.tensor([0.0, float("nan"), 0.0]), True).check("p7")
+    with pytest.raises(RolloutError, match=r"'p7'.*non-finite top-K"):
+        Completion(ids, torch.zeros(3), True, ids[:, None], torch.full((3, 1), -float("inf"))).check("p7")
+    Completion(ids, torch.zeros(3), True).check("p7")

@@ -1,0 +1,193 @@
+"""vLLM in process against full forward passes of plain transformers, and what it leaves behind in the process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.rollout.engine import Completion, Sampling
+from cppo_lightning.rollout.vllm_engine import VLLMEngine
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+needs_vllm = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")]
+SUMS = [(1, 2), (3, 4), (9, 8)]
+
+
+def process_state() -> dict[str, object]:
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": cast(Any, np.random.get_state())[1].tolist(),
+        "threads": torch.get_num_threads(),
+        "set_num_threads": torch.set_num_threads,
+        "dtype": torch.get_default_dtype(),
+        "signals": {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)},
+        "affinity": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
+        "environment": {key: os.environ.get(key) for key in ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE")},
+    }
+
+
+@pytest.fixture(scope="module")
+def model(smollm2_path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm2_path: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    texts = [f"Calculate {a} + {b}. Answer with only the number." for a, b in SUMS]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2_path: Path) -> Iterator[VLLMEngine]:
+    before = process_state()
+    engine = VLLMEngine(dtype="float32", max_top_logprobs=20, max_model_len=512)
+    engine.start(str(smollm2_path), seed=0)
+    assert process_state() == before, "starting vLLM should leave the trainer's process as it was"
+    yield engine
+    engine.close()
+    engine.close()
+    assert not torch.distributed.is_initialized()
+
+
+@torch.no_grad()
+def oracle_logp(model: PreTrainedModel, prompt: Sequence[int], ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities ``[t, V]`` before each of ``ids``, by one forward pass without a cache."""
+    logits = model(input_ids=torch.cat([torch.tensor(list(prompt)), ids])[None], use_cache=False).logits[0].float()
+    return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+
+
+def largest_difference(
+    model: PreTrainedModel, completions: list[Completion], prompts: list[list[int]], n: int, temperature: float
+) -> float:
+    worst = 0.0
+    for row, completion in enumerate(completions):
+        expected = oracle_logp(model, prompts[row // n], completion.ids, temperature)
+        worst = max(worst, float((completion.logp - expected.gather(-1, completion.ids[:, None])[:, 0]).abs().max()))
+        if completion.topk_ids is not None and completion.topk_logp is not None:
+            worst = max(worst, float((completion.topk_logp - expected.gather(-1, completion.topk_ids)).abs().max()))
+            worst = max(worst, float((completion.topk_logp - expected.topk(completion.topk_ids.shape[1]).values).abs().max()))
+    return worst
+
+
+class TestWithVLLM:
+    pytestmark = needs_vllm
+
+    def test_logp_and_topk_equal_a_full_forward_pass(
+        self, engine: VLLMEngine, model: PreTrainedModel, prompts: list[list[int]]
+    ) -> None:
+        completions = engine.generate(prompts, 4, Sampling(max_tokens=24, temperature=1.3), top_logprobs=5)
+        assert len(completions) == 12
+        assert largest_difference(model, completions, prompts, 4, 1.3) < 2e-4  # float32: 4e-5 at most met
+        outside = 0
+        for completion in completions:
+            completion.check("row")
+            assert completion.topk_ids is not None
+            assert completion.topk_ids.shape == (len(completion.ids), 5)
+            outside += int((completion.topk_ids != completion.ids[:, None]).all(-1).sum())
+        assert outside > 0, "no sampled token was outside the top-K, so that case was not tested"
+
+    def test_eos_is_part_of_the_response(self, engine: VLLMEngine, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+        eos = model.generation_config.eos_token_id
+        completions = engine.generate(prompts, 8, Sampling(max_tokens=12))
+        for completion in completions:
+            assert eos not in completion.ids[:-1].tolist()
+            assert completion.finished == (completion.ids[-1] == eos)
+            assert completion.finished or len(completion.ids) == 12
+            assert completion.topk_ids is None
+        assert {c.finished for c in completions} == {True, False}
+
+    def test_greedy_equals_transformers_generate(
+        self, engine: VLLMEngine, model: PreTrainedModel, prompts: list[list[int]]
+    ) -> None:
+        completions = engine.generate(prompts, 1, Sampling(max_tokens=16, temperature=0), top_logprobs=3)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            expected = cast(Any, model).generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
+            assert completion.ids.tolist() == expected.tolist()
+        assert largest_difference(model, completions, prompts, 1, 1.0) < 2e-4
+
+    def test_reloaded_weights_show_in_the_log_probabilities_and_draws_repeat(
+        self, engine: VLLMEngine, model: PreTrainedModel, prompts: list[list[int]], smollm2_path: Path
+    ) -> None:
+        changed = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in changed.parameters():
+                parameter.mul_(1.05)
+        sampling = Sampling(max_tokens=16)
+
+        def ids() -> list[list[int]]:
+            return [c.ids.tolist() for c in engine.generate(prompts, 4, sampling)]
+
+        engine.load_weights(changed.named_parameters(), 3)  # without the tied head
+        assert engine.version == 3
+        before = process_state()
+        completions = engine.generate(prompts, 4, sampling, top_logprobs=20)
+        assert process_state() == before, "sampling should leave the trainer's random state and threads alone"
+        assert largest_difference(changed, completions, prompts, 4, 1.0) < 2e-4
+        assert largest_difference(model, completions, prompts, 4, 1.0) > 0.1
+        second = ids()
+        engine.load_weights(changed.state_dict().items(), 3)  # with it
+        first = [c.ids.tolist() for c in completions]
+        assert ids() == first
+        assert ids() == second
+        assert first != second
+        engine.load_weights(model.named_parameters(), 4)
+        completions = engine.generate(prompts, 4, sampling, top_logprobs=20)
+        assert largest_difference(model, completions, prompts, 4, 1.0) < 2e-4
+
+    def test_wrong_weights_are_refused_by_name_and_the_next_load_works(
+        self, engine: VLLMEngine, model: PreTrainedModel, prompts: list[list[int]]
+    ) -> None:
+        weights = dict(model.named_parameters())
+        with pytest.raises(RolloutError, match=r"no parameter 'model\.head'"):
+            engine.load_weights([("model.head", torch.zeros(1))], 5)
+        assert engine.version == -1
+        with pytest.raises(RolloutError, match=r"missing 1: model\.norm\.weight"):
+            engine.load_weights(((k, v) for k, v in weights.items() if k != "model.norm.weight"), 5)
+        engine.load_weights(weights.items(), 5)
+        completions = engine.generate(prompts, 1, Sampling(max_tokens=8))
+        assert largest_difference(model, completions, prompts, 1, 1.0) < 2e-4
+
+    def test_requests_that_cannot_work(self, engine: VLLMEngine, prompts: list[list[int]]) -> None:
+        with pytest.raises(ConfigError, match=r"top_logprobs 21 .* 20"):
+            engine.generate(prompts, 1, Sampling(max_tokens=4), top_logprobs=21)
+        with pytest.raises(ConfigError, match=r"max_tokens 500 .* 512"):
+            engine.generate(prompts, 1, Sampling(max_tokens=500))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"dtype": "float8"}, r"engine\.dtype .* 'float8'"),
+            ({"max_top_logprobs": -1}, r"engine\.max_top_logprobs .* -1"),
+            ({"gpu_memory_utilization": 0.0}, r"engine\.gpu_memory_utilization .* 0\.0"),
+            ({"max_model_len": 1}, r"engine\.max_model_len .* 1"),
+            ({"engine_args": {"seed": 1}}, r"engine_args\.seed is set by the engine"),
+        ],
+    )
+    def test_settings_that_cannot_work(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            VLLMEngine(**settings)
+
+    def test_unknown_engine_arguments_are_named(self, smollm2_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"engine_args\.enforce_eagr"):
+            VLLMEngine(engine_args={"enforce_eagr": True}).start(str(smollm2_path), 0)
+
+
+def test_without_vllm_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"not installed; install it with: pip install 'cppo-lightning\[vllm\]'"):
+        VLLMEngine()
