@@ -14,6 +14,7 @@ from cppo_lightning.callbacks.eval_accuracy import EvalAccuracy
 from cppo_lightning.callbacks.gate_metrics import GateMetrics
 from cppo_lightning.callbacks.logprob_gap import LogProbGap
 from cppo_lightning.callbacks.mask_rate import MaskRate
+from cppo_lightning.callbacks.prediction_writer import PredictionWriter
 from cppo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from cppo_lightning.callbacks.rollout_progress import RolloutProgress
 from cppo_lightning.callbacks.run_summary import RunSummary
@@ -27,6 +28,7 @@ __all__ = [
     "GateMetrics",
     "LogProbGap",
     "MaskRate",
+    "PredictionWriter",
     "RolloutMetrics",
     "RolloutProgress",
     "RunSummary",

@@ -4,38 +4,66 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+
+# Lightning's remarks on what is meant to be so here: (part of the message, why it is)
+EXPECTED_WARNINGS = (
+    "Your `IterableDataset` has `__len__` defined",  # without one a rollout would be prefetched, from weights one step old
+    "Total length of `list` across ranks is zero",  # evaluation during fit is up to callbacks
+    "does not have many workers",  # the rollout stream lives in this process, beside the weights
+    "isinstance\\(treespec, LeafSpec\\)",  # Lightning's own use of torch
+)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one subcommand; settings that cannot work end with one line and exit code 2."""
+    """Run one subcommand.  Settings that cannot work end it with one line and exit code 2, unusable rollouts with 1."""
     # a console script does not see the user's folder, where their own TrustRegion lies
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    # fork-parallel tokenizers deadlock or warn once verifier processes exist
+    # tokenizers' threads do not survive the forks of other libraries, and prompts are short
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+
     from cppo_lightning.errors import ConfigError, RolloutError
 
     try:
         _run(args)
-    except ConfigError as error:
-        sys.exit(_report("error", error, 2))
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__  # the parser wraps what optional settings raise
+        if cause is None:
+            raise
+        _end("error", cause, 2)
     except RolloutError as error:
-        sys.exit(_report("stopped", error, 1))
+        _end("stopped", error, 1)
 
 
-def _report(kind: str, error: Exception, code: int) -> int:
+def _end(kind: str, error: BaseException, code: int) -> None:
     print(f"{kind}: {error}", file=sys.stderr)
-    return code
+    sys.exit(code)
 
 
 def _run(args: list[str] | None) -> None:
-    # heavy imports after argument-free work, so that a typo in the command itself is quick
-    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+    import logging
+    from typing import Any
 
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from transformers.utils import logging as transformers_logging
+
+    from cppo_lightning.callbacks import PredictionWriter
     from cppo_lightning.datamodule import RolloutDataModule
     from cppo_lightning.module import RLVRModule
 
     class CPPOCLI(LightningCLI):
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            parser = super().init_parser(**{**kwargs, "prog": "python -m cppo_lightning"})
+            # an error names its key; 200 lines of usage before it would bury that
+            parser.print_usage = lambda file=None: None
+            return parser
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.policy.path", "data.model")
             parser.link_arguments("data.sampling.temperature", "model.temperature")
@@ -43,14 +71,21 @@ def _run(args: list[str] | None) -> None:
             parser.link_arguments("seed_everything", "data.seed", compute_fn=lambda s: 0 if isinstance(s, bool) else s)
             parser.link_arguments("model", "data.top_k", compute_fn=lambda m: m.trust_region.top_k, apply_on="instantiate")
 
-    cli_args: ArgsType = args
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            trainer = super().instantiate_trainer(**kwargs)
+            if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+                trainer.callbacks.append(PredictionWriter())  # pyright: ignore[reportAttributeAccessIssue]
+            return trainer
+
+    transformers_logging.disable_progress_bar()
+    for library in ("lightning.pytorch", "lightning.fabric"):  # hardware reports and product tips
+        logging.getLogger(library).setLevel(logging.WARNING)
     cli = CPPOCLI(
         RLVRModule,
         RolloutDataModule,
         parser_kwargs={"parser_mode": "omegaconf"},
         seed_everything_default=1,
         auto_configure_optimizers=False,
-        args=cli_args,
-        run=True,
+        args=args,
     )
     cli.datamodule.close()

@@ -22,7 +22,6 @@ from cppo_lightning.rollout import (
     RolloutStream,
     Sampler,
     Sampling,
-    TransformersEngine,
     check_problems,
 )
 from cppo_lightning.verifiers import Verifier, VerifierPool
@@ -71,7 +70,7 @@ class RolloutDataModule(LightningDataModule):
         prompts: training problems.
         verifier: judges responses, always in child processes; a bare verifier gets a :class:`VerifierPool` with its usual
             deadline and memory limit.
-        engine: samples responses; None is the embedded :class:`TransformersEngine`.
+        engine: samples responses.
         plan: prompts, samples and updates per rollout.
         sampling: how training responses are drawn; must not be truncated.
         template: how a problem becomes a prompt.
@@ -89,7 +88,7 @@ class RolloutDataModule(LightningDataModule):
         model: str,
         prompts: PromptSource,
         verifier: Verifier | VerifierPool,
-        engine: RolloutEngine | None = None,
+        engine: RolloutEngine,
         plan: RolloutPlan = RolloutPlan(),
         sampling: Sampling = Sampling(),
         template: PromptTemplate = PromptTemplate(),
@@ -106,7 +105,6 @@ class RolloutDataModule(LightningDataModule):
             )
         if sampling.temperature == 0:
             raise ConfigError("data.sampling.temperature must be above 0 to train on, got 0; the paper uses 1.0")
-        engine = TransformersEngine() if engine is None else engine
         limit = engine.max_top_logprobs
         if limit is not None and top_k > limit:
             raise ConfigError(
@@ -130,7 +128,7 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load tokenizer and problems and have every gold answer checked; the engine starts with the first weights."""
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         self._weights_current = False  # another stage may come with other weights
         world = self._trainer().world_size
@@ -141,6 +139,11 @@ class RolloutDataModule(LightningDataModule):
             )
         if stage != "fit" and self.evaluation is None:
             raise ConfigError(f"data.evaluation is not set; {stage} needs to know what to sample")
+        vocabulary = AutoConfig.from_pretrained(self.model, trust_remote_code=False).get_text_config().vocab_size
+        if self.top_k > vocabulary:
+            raise ConfigError(
+                f"the trust region reads the top {self.top_k} tokens of a vocabulary of {vocabulary}; lower its k"
+            )
         tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
         self.sampler = Sampler(self.engine, tokenizer, self.template, self.pool)
         if stage == "fit":

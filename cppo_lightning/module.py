@@ -220,8 +220,8 @@ class RLVRModule(LightningModule):
     def test_step(self, rollout: Rollout, batch_idx: int) -> None:
         self._log_evaluation("test", rollout)
 
-    def predict_step(self, rollout: Rollout, batch_idx: int) -> Rollout:
-        return rollout
+    def predict_step(self, rollout: Rollout, batch_idx: int) -> list[dict[str, Any]]:
+        return [sample.row() for sample in rollout.samples]
 
     def _log_evaluation(self, stage: str, rollout: Rollout) -> None:
         count = len(rollout.samples)

@@ -47,6 +47,7 @@ def make_data(path: Path, **settings: Any) -> RolloutDataModule:
         "verifier": HALF_THE_TIME,
         "plan": RolloutPlan(prompts=4, samples=4, updates=2),
         "sampling": Sampling(max_tokens=8),
+        "engine": TransformersEngine(),
         "top_k": 5,
     }
     return RolloutDataModule(str(path), **{**defaults, **settings})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from cppo_lightning.verifiers.base import Problem, Verdict
@@ -26,6 +26,20 @@ class Sample:
     completion: Completion
     text: str  # the response, decoded without special tokens
     verdict: Verdict
+
+    def row(self) -> dict[str, Any]:
+        """What there is to read of it, ready for JSON."""
+        return {
+            "id": self.problem.id,
+            "prompt": [dict(message) for message in self.problem.messages],
+            "response": self.text,
+            "answer": self.problem.answer,
+            "extracted": self.verdict.extracted,
+            "outcome": str(self.verdict.outcome),
+            "reward": self.verdict.reward,
+            "tokens": len(self.completion.ids),
+            "finished": self.completion.finished,
+        }
 
 
 @dataclass(frozen=True)

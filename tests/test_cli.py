@@ -1,0 +1,229 @@
+"""The command line: shipped configs, bad input, a trust region of the user's own, and every subcommand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cppo_lightning.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "configs"
+WHOLE = ["quickstart", "quickstart_vllm", "debug"]
+
+DRIFT_CAP = '''
+from dataclasses import dataclass
+
+from cppo_lightning.batch import Gate, TokenStats
+from cppo_lightning.trust_regions import TrustRegion
+
+
+@dataclass(frozen=True)
+class DriftCap(TrustRegion):
+    """Keeps a token while the response's summed |log rho| is below a cap."""
+
+    cap: float = 1.0
+
+    def __call__(self, stats: TokenStats) -> Gate:
+        keep = stats.mask & (stats.ratio.log().abs().cumsum(-1) <= self.cap)
+        return Gate(stats.ratio * keep, keep)
+'''
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to load weights fails the test."""
+    from transformers import AutoModelForCausalLM
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded before the settings were checked")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with ``models/tiny``, which ``configs/debug.yaml`` names, as working directory."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny_model_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def fit_debug(*arguments: str, subcommand: str = "fit") -> None:
+    main([subcommand, "--config", str(CONFIGS / "debug.yaml"), *arguments])
+
+
+BAD_INPUT = {
+    "misspelt key": (["--model.polcy.path=x"], "model.polcy.path"),
+    "misspelt key of a class": (["--model.trust_region.init_args.detla=1"], "'detla' is not accepted"),
+    "unknown class": (["--model.trust_region=cppo_lightning.trust_regions.CPO"], "CPO"),
+    "wrong type": (["--data.plan.prompts=many"], "data.plan.prompts"),
+    "prompts that do not divide": (["--data.plan.prompts=5"], "data.plan.prompts = 5 .* does not divide"),
+    "top-p": (["--data.sampling.top_p=0.9"], r"top_p 0\.9.*train with top_p 1"),
+    "top-k": (["--data.sampling.top_k=50"], "top_k 50"),
+    "min-p": (["--data.sampling.min_p=0.1"], r"min_p 0\.1"),
+    "greedy": (["--data.sampling.temperature=0"], "temperature must be above 0"),
+    "delta": (["--model.trust_region.init_args.delta=0"], r"CPPO\.delta must be above 0 .* got 0"),
+    "w_min": (["--model.trust_region.init_args.w_min=1.5"], r"CPPO\.w_min must be in \(0, 1\] .* got 1\.5"),
+    "K": (["--model.trust_region.init_args.divergence.init_args.k=0"], r"TopKTV\.k must be at least 1, got 0"),
+    "K beyond the vocabulary": (["--model.trust_region.init_args.divergence.init_args.k=500"], "500.*260"),
+    "inside an optional setting": (["--model.reference_kl.coef=-1"], r"reference_kl\.coef must be above 0, got -1"),
+    "missing folder": (["--model.policy.path=models/none"], "'models/none' does not exist"),
+    "missing data": (["--data.prompts=DatasetPrompts", "--data.prompts.path=none.jsonl"], r"none\.jsonl"),
+    "unknown task": (["--data.prompts.init_args.name=basic_aritmetic"], "no task 'basic_aritmetic'; near: basic_arithmetic"),
+}
+
+
+@pytest.mark.usefixtures("no_model", "in_tmp")
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_with_one_line_before_any_model_is_loaded(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = BAD_INPUT[case]
+    with pytest.raises(SystemExit) as end:
+        fit_debug(*arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "usage:" not in error
+    assert re.search(message, error, re.DOTALL), error
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"problem": "1+1", "answer": "2"}', "", '{"problem": "1+2"}'], r"rows\.jsonl:3.*answer"),
+        (['{"answer": "2"}'], r"rows\.jsonl:1.*problem"),
+        (["{not json"], r"rows\.jsonl:1"),
+        ([], r"rows\.jsonl"),
+    ],
+    ids=["no answer", "no problem", "not JSON", "empty"],
+)
+def test_bad_rows_are_named_by_file_and_line(
+    in_tmp: Path, rows: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(SystemExit):
+        fit_debug("--data.prompts=DatasetPrompts", "--data.prompts.path=rows.jsonl")
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("no_model", "in_tmp")
+def test_vllm_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else found(name, *a))
+    with pytest.raises(SystemExit):
+        fit_debug("--data.engine=VLLMEngine")
+    assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_model", "in_tmp")
+def test_more_top_k_than_vllm_returns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: found("torch") if name == "vllm" else found(name, *a))
+    with pytest.raises(SystemExit):
+        fit_debug("--data.engine=VLLMEngine", "--model.trust_region.init_args.divergence.init_args.k=50")
+    assert "top 50 tokens, but VLLMEngine returns at most 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_shipped_configs_parse(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", f"configs/{name}.yaml", "--print_config"])
+    assert end.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["trust_region"]["class_path"].startswith("cppo_lightning.trust_regions.")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "trust_region").glob("*.yaml")))
+def test_trust_region_configs_parse_over_base(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", f"{CONFIGS}/base.yaml", "--config", f"{CONFIGS}/trust_region/{name}.yaml", "--print_config"])
+    assert end.value.code in (0, None)
+    chosen = yaml.safe_load(capsys.readouterr().out)["model"]["trust_region"]
+    given = yaml.safe_load((CONFIGS / "trust_region" / f"{name}.yaml").read_text())["model"]["trust_region"]
+    assert chosen["class_path"] == given["class_path"]
+    assert {k: chosen["init_args"][k] for k in given["init_args"]} == given["init_args"]
+
+
+def test_the_two_quickstarts_differ_in_the_engine_alone() -> None:
+    embedded, vllm = (yaml.safe_load((CONFIGS / f"{n}.yaml").read_text()) for n in ("quickstart", "quickstart_vllm"))
+    for config in (embedded, vllm):
+        config["data"].pop("engine")
+        config["trainer"]["logger"]["init_args"].pop("name")
+        config["trainer"]["callbacks"] = [c for c in config["trainer"]["callbacks"] if "RunSummary" not in c["class_path"]]
+    assert embedded == vllm
+
+
+def test_quickstart_has_the_keys_of_base() -> None:
+    quickstart, base = (yaml.safe_load((CONFIGS / f"{n}.yaml").read_text()) for n in ("quickstart", "base"))
+    for section in ("model", "data"):
+        assert set(quickstart[section]) <= set(base[section]) | {"trust_region", "evaluation"}
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_interpolation_inside_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more.yaml").write_text(
+        "data: {sampling: {max_tokens: 12}}\n"
+        "model: {aggregation: {kind: seq-mean-token-sum-norm, horizon: '${data.sampling.max_tokens}'}}\n"
+    )
+    with pytest.raises(SystemExit):
+        fit_debug("--config", "more.yaml", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["aggregation"]["horizon"] == 12
+
+
+def run_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A new interpreter in a user's folder, which sees the package and not the repository's root."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-m", "cppo_lightning", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_users_own_trust_region_from_their_own_folder(in_tmp: Path) -> None:
+    (in_tmp / "drift_cap.py").write_text(DRIFT_CAP)
+    (in_tmp / "drift_cap.yaml").write_text("model: {trust_region: {class_path: drift_cap.DriftCap, init_args: {cap: 0.5}}}\n")
+    done = run_in(in_tmp, "fit", "--config", str(CONFIGS / "debug.yaml"), "--config", "drift_cap.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "rollout 3/3" in done.stdout + done.stderr
+    (saved,) = in_tmp.glob("runs/debug/*/config.yaml")
+    assert yaml.safe_load(saved.read_text())["model"]["trust_region"]["class_path"] == "drift_cap.DriftCap"
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_evaluating_subcommands(subcommand: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = {
+        "class_path": "cppo_lightning.rollout.ReasoningGymPrompts",
+        "init_args": {"name": "basic_arithmetic", "size": 5, "params": {"operators": ["+"]}},
+    }
+    evaluation = {"prompts": held_out, "samples": 2, "sampling": {"temperature": 0.7, "max_tokens": 6}}
+    (in_tmp / "evaluation.yaml").write_text(json.dumps({"data": {"evaluation": evaluation}}))
+    fit_debug("--config", "evaluation.yaml", subcommand=subcommand)
+    out = capsys.readouterr().out
+    if subcommand == "predict":
+        (written,) = in_tmp.rglob("predictions.jsonl")
+        rows = [json.loads(line) for line in written.read_text().splitlines()]
+        assert len(rows) == 10
+        assert set(rows[0]) == {"id", "prompt", "response", "answer", "extracted", "outcome", "reward", "tokens", "finished"}
+    else:
+        assert f"{'val' if subcommand == 'validate' else 'test'}/accuracy" in out
+
+
+@pytest.mark.usefixtures("in_tmp", "no_model")
+def test_validate_without_an_evaluation_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        fit_debug(subcommand="validate")
+    assert end.value.code == 2
+    assert "data.evaluation is not set" in capsys.readouterr().err
