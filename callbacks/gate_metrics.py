@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
 
-from cppo_lightning.callbacks.reporting import log_metrics
-from cppo_lightning.metrics import Maxima, Totals, WeightedMeans, drain
+from cppo_lightning.metrics import Maxima, Totals, WeightedMeans, drain, log_metrics
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, cast
-
-import torch
 
 from cppo_lightning.errors import ConfigError
 
@@ -46,20 +43,6 @@ def rollout_data(trainer: Trainer, needed_by: str) -> RolloutData:
     if datamodule is None or not hasattr(datamodule, "sync_weights"):
         raise ConfigError(f"{needed_by} needs a RolloutDataModule, got data={datamodule!r}; use one, or remove the callback")
     return cast(RolloutData, datamodule)
-
-
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
-    """Log once, from any hook, at ``step`` (None: ``trainer.global_step``); ``ModelCheckpoint`` can monitor it.
-
-    ``LightningModule.log`` would write a value again at each later step of its epoch, and ``log_every_n_steps`` would lose what
-    is logged once per rollout; after training it is forbidden.
-    """
-    if not metrics:
-        return
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step if step is None else step)
-        logger.save()
 
 
 def notify(trainer: Trainer, hook: str, *args: object) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback
 
-from cppo_lightning.callbacks.reporting import log_metrics, rollout_data
-from cppo_lightning.metrics import WeightedMeans, drain
+from cppo_lightning.callbacks.reporting import rollout_data
+from cppo_lightning.metrics import WeightedMeans, drain, log_metrics
 from cppo_lightning.verifiers.base import Outcome
 
 if TYPE_CHECKING:

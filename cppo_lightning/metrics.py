@@ -15,6 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from cppo_lightning.batch import Gate, TokenStats
 
 Totals = Mapping[str, tuple[Tensor | float, Tensor | float]]  # name -> (sum, count), scalars
@@ -91,6 +93,20 @@ def drain(metric: WeightedMeans | Maxima, device: torch.device) -> dict[str, flo
     values = metric.compute()
     metric.reset()
     return values
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Log once, from any hook, at ``step`` (None: ``trainer.global_step``); ``ModelCheckpoint`` can monitor it.
+
+    ``LightningModule.log`` would write a value again at each later step of its epoch, and ``log_every_n_steps`` would lose what
+    is logged once per rollout; after training it is forbidden.
+    """
+    if not metrics:
+        return
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step if step is None else step)
+        logger.save()
 
 
 def masked_total(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

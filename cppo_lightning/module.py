@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from cppo_lightning.batch import Gate, RolloutBatch, TokenStats, micro_batches
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals, policy_gradient_loss, surrogate_value
+from cppo_lightning.metrics import log_metrics
 from cppo_lightning.policy import Policy, PolicyConfig, ResponseLogProbs
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.trust_regions import TrustRegion
@@ -106,11 +107,6 @@ class RLVRModule(LightningModule):
         """The policy's weights by Hugging Face name, for a rollout engine."""
         return self._policy().named_weights()
 
-    def on_train_batch_start(self, batch: RolloutBatch, batch_idx: int) -> None:
-        """Runs before each update: puts this step's metrics at the number of optimizer steps taken before it."""
-        # Lightning's own x-axis counts batches, also those on which no step is taken
-        self.log("step", float(self.global_step))
-
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor] | None:
         """One optimizer step on one minibatch; None when there was nothing to train on or the gradient was not finite."""
         started = time.perf_counter()
@@ -123,32 +119,34 @@ class RLVRModule(LightningModule):
                 )
             return None
         values = torch.stack([self._accumulate(part, totals) for part in self._micro_batches(batch)]).sum(0)
+        learning_rate = self._optimizer().param_groups[0]["lr"]
         grad_norm = self._step()
         if grad_norm is None:
             return None
-        surrogate, reference_kl, entropy = self._sum_over_ranks(values)
-        beta = 0.0 if self.reference_kl is None else self.reference_kl.coef
+        surrogate, reference_kl, entropy = self._sum_over_ranks(values).tolist()
+        loss = -surrogate
         logs = {
-            "train/loss": beta * reference_kl - surrogate,
             "train/surrogate": surrogate,
             "train/entropy": entropy,
-            "train/grad_norm": grad_norm,
-            "train/tokens_per_second": totals.tokens / (time.perf_counter() - started),
+            "train/grad_norm": float(grad_norm),
+            "train/learning_rate": learning_rate,
+            "train/tokens_per_second": int(totals.tokens) / (time.perf_counter() - started),
         }
         if self.reference_kl is not None:
+            loss += self.reference_kl.coef * reference_kl
             logs["train/reference_kl"] = reference_kl
-        self.log_dict(logs, batch_size=1)
-        return {"loss": logs["train/loss"]}
+        # a step's metrics stand at the number of steps taken before it
+        log_metrics(self.trainer, {"train/loss": loss, **logs}, step=self.global_step - 1)
+        return {"loss": torch.tensor(loss)}
 
     def _step(self) -> Tensor | None:
         """Clip and step; the norm before clipping, or None when it is not finite and no step is taken."""
-        optimizer = cast("LightningOptimizer", self.optimizers())
+        optimizer = self._optimizer()
         norm = torch.nn.utils.clip_grad_norm_(self._policy().parameters(), self.max_grad_norm or math.inf)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         finite = bool(norm.isfinite())
         if finite:
-            self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
             optimizer.step()
             if self.make_lr_scheduler is not None:
                 cast("LRScheduler", self.lr_schedulers()).step()
@@ -208,6 +206,9 @@ class RLVRModule(LightningModule):
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    def _optimizer(self) -> LightningOptimizer:
+        return cast("LightningOptimizer", self.optimizers())
 
     def _policy(self) -> Policy:
         if self.policy is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from cppo_lightning.cli import main
@@ -199,6 +200,19 @@ def test_a_users_own_trust_region_from_their_own_folder(in_tmp: Path) -> None:
     assert "rollout 3/3" in done.stdout + done.stderr
     (saved,) = in_tmp.glob("runs/debug/*/config.yaml")
     assert yaml.safe_load(saved.read_text())["model"]["trust_region"]["class_path"] == "drift_cap.DriftCap"
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_rollout(in_tmp: Path) -> None:
+    """Ranks get other prompts, other numbers of groups and micro-batches, and must neither wait for ever nor drift apart."""
+    done = run_in(
+        in_tmp, "fit", "--config", str(CONFIGS / "debug.yaml"), "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--model.micro_batch_tokens=100", "--data.plan.prompts=8", "--trainer.enable_checkpointing=true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rollout 3/3 | step 6" in done.stdout + done.stderr
+    (checkpoint,) = in_tmp.glob("runs/debug/*/checkpoints/*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 6
 
 
 @pytest.mark.usefixtures("in_tmp")
