@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,28 +14,11 @@ import torch
 import yaml
 
 from cppo_lightning.cli import main
+from tests import user_folder
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
 WHOLE = ["quickstart", "quickstart_vllm", "debug"]
-
-DRIFT_CAP = '''
-from dataclasses import dataclass
-
-from cppo_lightning.batch import Gate, TokenStats
-from cppo_lightning.trust_regions import TrustRegion
-
-
-@dataclass(frozen=True)
-class DriftCap(TrustRegion):
-    """Keeps a token while the response's summed |log rho| is below a cap."""
-
-    cap: float = 1.0
-
-    def __call__(self, stats: TokenStats) -> Gate:
-        keep = stats.mask & (stats.ratio.log().abs().cumsum(-1) <= self.cap)
-        return Gate(stats.ratio * keep, keep)
-'''
 
 
 @pytest.fixture
@@ -184,31 +165,27 @@ def test_interpolation_inside_a_config(tmp_path: Path, capsys: pytest.CaptureFix
     assert yaml.safe_load(capsys.readouterr().out)["model"]["aggregation"]["horizon"] == 12
 
 
-def run_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A new interpreter in a user's folder, which sees the package and not the repository's root."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, "-m", "cppo_lightning", *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
-def test_a_users_own_trust_region_from_their_own_folder(in_tmp: Path) -> None:
-    (in_tmp / "drift_cap.py").write_text(DRIFT_CAP)
-    (in_tmp / "drift_cap.yaml").write_text("model: {trust_region: {class_path: drift_cap.DriftCap, init_args: {cap: 0.5}}}\n")
-    done = run_in(in_tmp, "fit", "--config", str(CONFIGS / "debug.yaml"), "--config", "drift_cap.yaml")
+def test_a_users_own_trust_region_from_their_own_folder(tmp_path: Path, tiny_model_path: Path) -> None:
+    done = user_folder.fit_own_trust_region([sys.executable, "-m", "cppo_lightning"], tmp_path, tiny_model_path)
     assert done.returncode == 0, done.stderr
-    assert "rollout 3/3" in done.stdout + done.stderr
-    (saved,) = in_tmp.glob("runs/debug/*/config.yaml")
+    assert "rollout 3/3 | step 6" in done.stdout + done.stderr
+    (saved,) = tmp_path.glob("runs/debug/*/config.yaml")
     assert yaml.safe_load(saved.read_text())["model"]["trust_region"]["class_path"] == "drift_cap.DriftCap"
 
 
 @pytest.mark.slow
 def test_two_ranks_share_a_rollout(in_tmp: Path) -> None:
     """Ranks get other prompts, other numbers of groups and micro-batches, and must neither wait for ever nor drift apart."""
-    done = run_in(
-        in_tmp, "fit", "--config", str(CONFIGS / "debug.yaml"), "--trainer.devices=2", "--trainer.strategy=ddp",
-        "--model.micro_batch_tokens=100", "--data.plan.prompts=8", "--trainer.enable_checkpointing=true",
-    )  # fmt: skip
+    settings = {
+        "trainer.devices": 2,
+        "trainer.strategy": "ddp",
+        "trainer.enable_checkpointing": "true",
+        "model.micro_batch_tokens": 100,
+        "data.plan.prompts": 8,
+    }
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "cppo_lightning", "fit", "--config", str(CONFIGS / "debug.yaml")]
+    done = user_folder.run(command, in_tmp, *arguments)
     assert done.returncode == 0, done.stderr
     assert "rollout 3/3 | step 6" in done.stdout + done.stderr
     (checkpoint,) = in_tmp.glob("runs/debug/*/checkpoints/*.ckpt")

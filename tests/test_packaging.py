@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests import user_folder
+
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 SHIPPED = {"cppo_lightning": REPOSITORY / "cppo_lightning", "cppo_lightning/callbacks": REPOSITORY / "callbacks"}
@@ -130,7 +132,7 @@ def imported_from(python: Path, folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_wheel_of_the_sdist_imports_from_another_folder(source: Path, tmp_path: Path) -> None:
+def test_wheel_of_the_sdist_trains_from_another_folder(source: Path, tmp_path: Path, tiny_model_path: Path) -> None:
     """`build` makes the sdist and then the wheel out of it, so a file that the sdist forgets is missing from the wheel."""
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", source], check=True)
     (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
@@ -145,6 +147,15 @@ def test_wheel_of_the_sdist_imports_from_another_folder(source: Path, tmp_path: 
     install(python, str(wheel))
     package = next((tmp_path / "venv").glob("lib/python*/site-packages")).resolve() / "cppo_lightning"
     assert imported_from(python, tmp_path) == [package / "__init__.py", package / "callbacks" / "__init__.py"]
+    for name, command in {
+        "module": [str(python), "-m", "cppo_lightning"],
+        "script": [f"{python.parent}/cppo-lightning"],
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        done = user_folder.fit_own_trust_region(command, folder, tiny_model_path)
+        assert done.returncode == 0, done.stderr
+        assert "rollout 3/3 | step 6" in done.stdout + done.stderr
 
 
 @pytest.mark.slow
