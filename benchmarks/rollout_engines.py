@@ -40,7 +40,7 @@ def rollouts(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Seconds of one rollout with each engine.")
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)

@@ -25,10 +25,14 @@ def main(args: list[str] | None = None) -> None:
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
 
+    from omegaconf.errors import OmegaConfBaseException
+
     from cppo_lightning.errors import ConfigError, RolloutError
 
     try:
         _run(args)
+    except OmegaConfBaseException as error:
+        _end("error", ConfigError(f"{str(error).splitlines()[0]} (interpolations see the keys of their own file only)"), 2)
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ConfigError):
@@ -60,6 +64,7 @@ def _run(args: list[str] | None) -> None:
     class CPPOCLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
             parser = super().init_parser(**{**kwargs, "prog": "python -m cppo_lightning"})
+            parser.allow_abbrev = False  # a key cut short is a misspelt key
             # an error names its key; 200 lines of usage before it would bury that
             parser.print_usage = lambda file=None: None
             return parser

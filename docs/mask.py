@@ -89,7 +89,7 @@ def draw(axes: Axes, stats: TokenStats, gate: Gate, theme: Theme) -> None:
 def annotate(axes: Axes, theme: Theme) -> None:
     """Axes with units, the thresholds' names, and what to see."""
     axes.set_xlabel("position t in the response (tokens)")
-    axes.set_ylabel("|π − µ| of the sampled token (probability)")
+    axes.set_ylabel("|π \N{MINUS SIGN} µ| of the sampled token (probability)")
     axes.set_xlim(0, TOKENS + 1)
     axes.set_ylim(0, 0.22)
     axes.set_xticks([1, *range(10, TOKENS, 10), TOKENS])

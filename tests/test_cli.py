@@ -48,6 +48,7 @@ def fit_debug(*arguments: str, subcommand: str = "fit") -> None:
 
 BAD_INPUT = {
     "misspelt key": (["--model.polcy.path=x"], "model.polcy.path"),
+    "key cut short": (["--model.micro_batch_token=512"], "model.micro_batch_token"),
     "misspelt key of a class": (["--model.trust_region.init_args.detla=1"], "'detla' is not accepted"),
     "unknown class": (["--model.trust_region=cppo_lightning.trust_regions.CPO"], "CPO"),
     "wrong type": (["--data.plan.prompts=many"], "data.plan.prompts"),
@@ -107,6 +108,15 @@ def test_vllm_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit):
         fit_debug("--data.engine=VLLMEngine")
     assert "pip install" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_model", "in_tmp")
+def test_an_interpolation_of_another_files_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more.yaml").write_text("model: {micro_batch_tokens: '${data.sampling.max_tokens}'}")
+    with pytest.raises(SystemExit) as end:
+        fit_debug("--config", "more.yaml")
+    assert end.value.code == 2
+    assert "data" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_model", "in_tmp")

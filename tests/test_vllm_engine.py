@@ -20,8 +20,7 @@ from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout.engine import Completion, Sampling
 from cppo_lightning.rollout.vllm_engine import VLLMEngine
 
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-needs_vllm = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")]
+needs_vllm = [pytest.mark.vllm, pytest.mark.slow]
 SUMS = [(1, 2), (3, 4), (9, 8)]
 
 

@@ -1,0 +1,248 @@
+"""The README does what it says: its commands run or parse, its files are executed, its metrics are those that a run logs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cppo_lightning.cli import main
+from tests import user_folder
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+FIT = "python -m cppo_lightning fit "
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of the README."""
+
+    language: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        """The file that it is to be saved as, from its first line."""
+        found = re.match(r"# (\S+\.(?:py|yaml))\n", self.text)
+        return found.group(1) if found else None
+
+
+BLOCKS = [Block(language, text) for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)]
+FILES = {block.file: block.text for block in BLOCKS if block.file is not None}
+COMMANDS = [line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines()]
+# what a reader types, and the error that answers
+ANSWERS = re.findall(r"^\$ (.*)\n(error: .*)$", "".join(b.text for b in BLOCKS if b.language == "console"), re.MULTILINE)
+
+# How each command of a `sh` block is tested.  A command that is not here fails test_every_command_is_tested.
+BY_MAKE_N = {
+    "git clone URL cppo_lightning && cd cppo_lightning && make quickstart": "quickstart",  # runs whole by hand: minutes
+    "make quickstart-vllm": "quickstart-vllm",  # runs whole by hand: minutes
+    "make debug": "debug",  # its fit command runs below, in test_metrics_table
+}
+TENSORBOARD = ".venv/bin/tensorboard --logdir runs"
+RUN = [
+    "python -m cppo_lightning fit --config configs/debug.yaml --config drift_cap.yaml",
+    "python -m cppo_lightning fit --config configs/debug.yaml --config configs/trust_region/ppo_clip.yaml",
+]
+CLUSTER = (
+    "python -m cppo_lightning fit --config configs/base.yaml --config configs/trust_region/cppo.yaml --config cluster.yaml"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_path: Path) -> Path:
+    """A folder with the configs, the tiny model and the README's own files, as a reader would have it."""
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny_model_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # to which the command line adds the folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    done = user_folder.run([sys.executable, *shlex.split(command)[1:]], folder)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def resolved(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+    """The configuration that a ``fit`` command would run with; parsing checks every key and type."""
+    with pytest.raises(SystemExit) as end:
+        main([*shlex.split(command)[3:], "--print_config"])
+    captured = capsys.readouterr()
+    assert end.value.code in (0, None), captured.err
+    return yaml.safe_load(captured.out)
+
+
+def test_every_command_is_tested() -> None:
+    assert sorted(COMMANDS) == sorted([*BY_MAKE_N, TENSORBOARD, *RUN, CLUSTER])
+
+
+def test_every_block_is_tested() -> None:
+    assert set(FILES) == {"drift_cap.py", "drift_cap.yaml", "cluster.yaml"}
+    unnamed = {block.language for block in BLOCKS if block.file is None}
+    assert unnamed == {"sh", "console", "text", "bibtex"}
+
+
+@pytest.mark.parametrize("target", BY_MAKE_N.values())
+def test_make_targets_run_a_fit_that_parses(
+    target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (command,) = [line.removeprefix(".venv/bin/") for line in done.stdout.splitlines() if FIT in line]
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = resolved(command, capsys)
+    assert config["trainer"]["accelerator"] == "cpu"
+
+
+def test_make_targets_exist() -> None:
+    targets = sorted(set(re.findall(r"\bmake ([a-z-]+)`", README)))
+    assert {"debug", "test", "lint"} <= set(targets)
+    done = subprocess.run(["make", "-n", *targets], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tensorboard_has_the_option(tmp_path: Path) -> None:
+    words = shlex.split(TENSORBOARD)
+    program = Path(sys.executable).with_name(Path(words[0]).name)
+    # --inspect reads the folder and ends, where the plain command would serve it
+    (tmp_path / "runs").mkdir()
+    done = subprocess.run([program, *words[1:], "--inspect"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "No event files found within logdir runs" in done.stdout
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_the_cluster_command_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolved(CLUSTER, capsys)
+    for section, values in yaml.safe_load(FILES["cluster.yaml"]).items():
+        assert contains(config[section], values)
+
+
+def contains(whole: object, part: object) -> bool:
+    if isinstance(whole, dict) and isinstance(part, dict):
+        return all(key in whole and contains(whole[key], value) for key, value in part.items())
+    return whole == part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_trust_regions_change_with_one_more_config(command: str, folder: Path) -> None:
+    done = run(command, folder)
+    assert "rollout 3/3 | step 6" in done.stdout + done.stderr
+    (saved,) = folder.glob("runs/debug/*/config.yaml")
+    last = yaml.safe_load((folder / shlex.split(command)[-1]).read_text())
+    assert contains(yaml.safe_load(saved.read_text()), last)
+
+
+@pytest.mark.parametrize(("command", "answer"), ANSWERS, ids=[command.split()[-2] for command, _ in ANSWERS])
+@pytest.mark.usefixtures("in_folder")
+def test_bad_settings_get_the_answer_shown(command: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(shlex.split(command)[3:])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == answer
+
+
+def test_two_bad_settings_are_shown() -> None:
+    assert len(ANSWERS) == 2
+    assert sum(block.text.count("$ ") for block in BLOCKS if block.language == "console") == 2
+
+
+# switches on what configs/debug.yaml leaves out, with a budget that no response can keep to
+EVERYTHING = """
+trainer:
+  callbacks+:
+    - class_path: cppo_lightning.callbacks.TextSamples
+    - class_path: cppo_lightning.callbacks.EvalAccuracy
+      init_args:
+        datasets:
+          sums:
+            class_path: cppo_lightning.rollout.ReasoningGymPrompts
+            init_args: {name: basic_arithmetic, size: 4, params: {min_digits: 1, max_digits: 1}}
+        samples: 2
+data:
+  evaluation:
+    prompts:
+      class_path: cppo_lightning.rollout.ReasoningGymPrompts
+      init_args: {name: basic_arithmetic, size: 4, params: {min_digits: 1, max_digits: 1}}
+    sampling: {max_tokens: 8}
+model:
+  trust_region: {init_args: {delta: 0.02, delta_b: 0.0}}
+  reference_kl: {coef: 0.01}
+"""
+
+
+@pytest.mark.slow
+def test_metrics_table(folder: Path) -> None:
+    """Every tag in the table is logged by one real run (and its ``validate``), and every tag logged is in the table once."""
+    (folder / "everything.yaml").write_text(EVERYTHING)
+    for subcommand in ("fit", "validate"):
+        run(f"python -m cppo_lightning {subcommand} --config configs/debug.yaml --config everything.yaml", folder)
+    logged: set[str] = set()
+    for events in folder.glob("runs/debug/*/events.out.tfevents.*"):
+        reader = EventAccumulator(str(events))
+        reader.Reload()
+        logged |= {*reader.Tags()["scalars"], *(tag.removesuffix("/text_summary") for tag in reader.Tags()["tensors"])}
+    logged.remove("epoch")  # Lightning's own, from validate
+    patterns = {tag: re.compile(re.sub(r"<\w+>", r"[^/@-]+", tag)) for tag in table_tags()}
+    assert sorted(tag for tag, pattern in patterns.items() if not any(map(pattern.fullmatch, logged))) == []
+    matches = {tag: [p for p in patterns.values() if p.fullmatch(tag)] for tag in logged}
+    assert {tag for tag, found in matches.items() if len(found) != 1} == set()
+
+
+def table_tags() -> list[str]:
+    """First column of the table, as written there; ``<...>`` stands for a name."""
+    rows = re.findall(r"^\| (.*?) \|", README, re.MULTILINE)
+    tags = [tag for row in rows for tag in re.findall(r"`([^`]+)`", row)]
+    assert len(tags) > 30
+    return tags
+
+
+def test_links_and_pictures_exist() -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'src(?:set)?="([^"]+)"', README)
+    local = [target for target in targets if not target.startswith("https://")]
+    assert {"docs/mask.png", "docs/mask-dark.png", "LICENSE"} <= set(local)
+    assert [target for target in local if not (REPOSITORY / target).is_file()] == []
+
+
+def test_the_layout_names_what_is_there() -> None:
+    (layout,) = [block.text for block in BLOCKS if block.language == "text"]
+    missing = []
+    for line in layout.splitlines():
+        parent = "cppo_lightning" if line.startswith("  ") else "."
+        names = re.findall(r"\b\w+(?:\.py\b|/)", line)
+        places = [REPOSITORY / parent, REPOSITORY / parent / names[0]]  # beside the line's first name, or inside it
+        missing += [name for name in names if not any((place / name).exists() for place in places)]
+    assert missing == []
+
+
+def test_pictures_are_what_their_script_draws(tmp_path: Path) -> None:
+    """Compared by pixels with some room, since fonts are drawn a little differently by other versions."""
+    subprocess.run([sys.executable, REPOSITORY / "docs" / "mask.py", tmp_path], check=True)
+    for name in ("mask.png", "mask-dark.png"):
+        committed, drawn = imread(REPOSITORY / "docs" / name), imread(tmp_path / name)
+        assert committed.shape == drawn.shape
+        # one bar in another colour is about 0.002 of the picture
+        assert np.mean(np.abs(committed - drawn).max(-1) > 0.3) < 0.001
+        assert (REPOSITORY / "docs" / name).stat().st_size < 150_000
