@@ -50,7 +50,8 @@ debug: $(DONE)/install $(TINY)
 test: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm) $(SMOLLM2)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(DONE)/dev
+# with vLLM's types where there is a build of it: pyright reads the engine's calls too
+lint: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

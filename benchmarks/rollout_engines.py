@@ -34,7 +34,7 @@ def rollouts(
         started = time.perf_counter()
         engine.load_weights(policy.named_weights(), version)
         loaded = time.perf_counter()
-        completions = engine.generate(prompts, options.samples, sampling, options.top_k)
+        completions = engine.generate(prompts, options.samples, sampling, options.top_k, seed=version)
         yield [loaded - started, time.perf_counter() - loaded, float(sum(len(c.ids) for c in completions))]
         version += 1
 
@@ -56,7 +56,7 @@ def main() -> None:
     policy = Policy.load(PolicyConfig(options.model))
     engines: dict[str, RolloutEngine] = {"embedded": TransformersEngine(), "vLLM": VLLMEngine()}
     for engine in engines.values():
-        engine.start(options.model, seed=0)
+        engine.start(options.model)
     streams = {name: rollouts(engine, policy, prompts, options) for name, engine in engines.items()}
     for stream in streams.values():
         next(stream)  # the first one warms up

@@ -134,7 +134,8 @@ class EvalAccuracy(Callback):
             mine = problems[trainer.global_rank :: trainer.world_size]
             for first in range(0, len(mine), size):
                 notify(trainer, "on_evaluation_progress", name, first, len(mine))
-                samples = data.sampler.sample(mine[first : first + size], self.samples, sampling).samples
+                seed = data.draw_seed("eval", name, trainer.global_step, first)
+                samples = data.sampler.sample(mine[first : first + size], self.samples, sampling, seed=seed).samples
                 self._means[name].update(self._totals(name, samples))
             metrics |= drain(self._means[name], pl_module.device)
         metrics[self.mean_tag] = sum(metrics[self._tag(name)] for name in self._problems) / len(self._problems)

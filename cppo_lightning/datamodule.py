@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -163,9 +164,14 @@ class RolloutDataModule(LightningDataModule):
         version = trainer.global_step
         if self._weights_current and self.engine.version == version:
             return
-        self.engine.start(self.model, seed=self.seed + trainer.global_rank)
+        self.engine.start(self.model)
         self.engine.load_weights(cast("WeightSource", trainer.lightning_module).named_weights(), version)
         self._weights_current = True
+
+    def draw_seed(self, *purpose: str | int) -> int:
+        """The engine's seed for one purpose, from the run's seed and this rank: it depends on nothing that ran before."""
+        text = "/".join(map(str, (self.seed, self._trainer().global_rank, *purpose)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # an int64
 
     def train_dataloader(self) -> DataLoader[RolloutBatch]:
         # the id in padding is never read: attention and losses are masked
@@ -201,8 +207,9 @@ class RolloutDataModule(LightningDataModule):
     def _draw(self) -> Rollout:
         trainer = self._trainer()
         self.sync_weights()
+        seed = self.draw_seed("train", self.order.position)
         problems = self.order.take(self.plan.prompts)[trainer.global_rank :: trainer.world_size]
-        self.rollout = self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k)
+        self.rollout = self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k, seed)
         return self.rollout
 
     def _evaluation_loader(self) -> DataLoader[Rollout]:
@@ -231,4 +238,5 @@ class EvaluationStream(IterableDataset[Rollout]):
         self.datamodule.sync_weights()
         step = self.evaluation.batch_prompts
         for i in range(0, len(self.problems), step):
-            yield self.datamodule.sampler.sample(self.problems[i : i + step], self.evaluation.samples, self.evaluation.sampling)
+            problems, seed = self.problems[i : i + step], self.datamodule.draw_seed("evaluation", i)
+            yield self.datamodule.sampler.sample(problems, self.evaluation.samples, self.evaluation.sampling, seed=seed)

@@ -65,7 +65,7 @@ def rollout(outcomes: Sequence[Sequence[Outcome]], text: str = "4", version: int
 class Sums:
     """Answers problem i correctly i times."""
 
-    def sample(self, problems: Sequence[Problem], n: int, sampling: Sampling) -> Rollout:
+    def sample(self, problems: Sequence[Problem], n: int, sampling: Sampling, seed: int) -> Rollout:
         self.asked = [*getattr(self, "asked", []), (len(problems), sampling)]
         return rollout([[Outcome.CORRECT] * int(p.id) + [Outcome.UNPARSEABLE] * (n - int(p.id)) for p in problems])
 
@@ -81,6 +81,9 @@ class Data(LightningDataModule):
 
     def sync_weights(self) -> None:
         self.synced += 1
+
+    def draw_seed(self, *purpose: str | int) -> int:
+        return len(purpose)
 
     def load(self, source: Any) -> list[Problem]:
         return source.load()

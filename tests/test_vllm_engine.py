@@ -55,7 +55,7 @@ def prompts(smollm2_path: Path) -> list[list[int]]:
 def engine(smollm2_path: Path) -> Iterator[VLLMEngine]:
     before = process_state()
     engine = VLLMEngine(dtype="float32", max_top_logprobs=20, max_model_len=512)
-    engine.start(str(smollm2_path), seed=0)
+    engine.start(str(smollm2_path))
     assert process_state() == before, "starting vLLM should leave the trainer's process as it was"
     yield engine
     engine.close()
@@ -128,8 +128,8 @@ class TestWithVLLM:
                 parameter.mul_(1.05)
         sampling = Sampling(max_tokens=16)
 
-        def ids() -> list[list[int]]:
-            return [c.ids.tolist() for c in engine.generate(prompts, 4, sampling)]
+        def ids(seed: int) -> list[list[int]]:
+            return [c.ids.tolist() for c in engine.generate(prompts, 4, sampling, seed=seed)]
 
         engine.load_weights(changed.named_parameters(), 3)  # without the tied head
         assert engine.version == 3
@@ -138,11 +138,11 @@ class TestWithVLLM:
         assert process_state() == before, "sampling should leave the trainer's random state and threads alone"
         assert largest_difference(changed, completions, prompts, 4, 1.0) < 2e-4
         assert largest_difference(model, completions, prompts, 4, 1.0) > 0.1
-        second = ids()
+        second = ids(1)
         engine.load_weights(changed.state_dict().items(), 3)  # with it
         first = [c.ids.tolist() for c in completions]
-        assert ids() == first
-        assert ids() == second
+        assert ids(0) == first
+        assert ids(1) == second
         assert first != second
         engine.load_weights(model.named_parameters(), 4)
         completions = engine.generate(prompts, 4, sampling, top_logprobs=20)
@@ -183,7 +183,7 @@ class TestWithVLLM:
 
     def test_unknown_engine_arguments_are_named(self, smollm2_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"engine_args\.enforce_eagr"):
-            VLLMEngine(engine_args={"enforce_eagr": True}).start(str(smollm2_path), 0)
+            VLLMEngine(engine_args={"enforce_eagr": True}).start(str(smollm2_path))
 
 
 def test_without_vllm_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ class RolloutEngine(ABC):
         """Largest K that ``generate`` can return, or None when only the vocabulary limits it."""
 
     @abstractmethod
-    def start(self, model: str, seed: int) -> None:
+    def start(self, model: str) -> None:
         """Load ``model`` (a folder or hub id) for sampling.  Called once, before anything else; later calls do nothing."""
 
     @abstractmethod
@@ -96,9 +96,12 @@ class RolloutEngine(ABC):
         """``version`` of the last ``load_weights``; -1 before the first."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0
+    ) -> list[Completion]:
         """Draw ``n`` responses to each prompt (token ids), prompt-major: ``len(prompts) * n`` completions.
 
+        A function of its arguments and the weights: the same ``seed`` (0 to 2^63 - 1) gives the same tokens again.
         The log-probabilities are those of the distribution actually drawn from, after temperature.
         """
 

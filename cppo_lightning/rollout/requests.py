@@ -1,8 +1,7 @@
-"""What both engines settle alike: whether a request is possible, where responses end, random seeds, complete weights."""
+"""What both engines settle alike: whether a request is possible, where responses end, complete weights."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from cppo_lightning.rollout.engine import Sampling
-
-
-def call_seed(seed: int, version: int, calls: int) -> int:
-    """The random seed of one ``generate``: a resumed run, at the same weights version and call, repeats its draws."""
-    digest = hashlib.blake2b(f"{seed}/{version}/{calls}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # torch wants an int64
 
 
 def read_config(model: str) -> PretrainedConfig:

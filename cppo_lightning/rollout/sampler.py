@@ -72,15 +72,15 @@ class Sampler:
         self.template = template
         self.pool = pool
 
-    def sample(self, problems: Sequence[Problem], n: int, sampling: Sampling, top_logprobs: int = 0) -> Rollout:
-        """Draw ``n`` responses to each problem and judge them.
+    def sample(self, problems: Sequence[Problem], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0) -> Rollout:
+        """Draw ``n`` responses to each problem and judge them; ``seed`` fixes the draws.
 
         Raises:
             RolloutError: the engine returned fewer log-probabilities than tokens, or a non-finite one.
         """
         prompts = [self.template.encode(self.tokenizer, problem) for problem in problems]
         started = time.perf_counter()
-        completions = self.engine.generate(prompts, n, sampling, top_logprobs)
+        completions = self.engine.generate(prompts, n, sampling, top_logprobs, seed)
         sampled = time.perf_counter()
         rows = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) for _ in range(n)]
         for (problem, _), completion in zip(rows, completions, strict=True):

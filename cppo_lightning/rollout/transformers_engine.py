@@ -11,7 +11,7 @@ import torch
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout.draw import Draw, draw
 from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from cppo_lightning.rollout.requests import call_seed, check_request, checked_weights, eos_token_ids, read_config
+from cppo_lightning.rollout.requests import check_request, checked_weights, eos_token_ids, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,8 @@ DType = Literal["float32", "bfloat16", "float16"]
 class TransformersEngine(RolloutEngine):
     """Samples with its own copy of the model, on one device, in this process.
 
-    A prompt is read once per batch, however many samples it gets; finished rows leave the batch.  The same seed, weights
-    version and calls since these weights came give the same tokens; torch's global random state is neither used nor changed.
+    A prompt is read once per batch, however many samples it gets; finished rows leave the batch.  torch's global random
+    state is neither used nor changed.
 
     Args:
         dtype: dtype of the sampling weights; float32 is the honest choice for small models on a CPU, where bfloat16 alone
@@ -49,9 +49,7 @@ class TransformersEngine(RolloutEngine):
         self.max_sequences = max_sequences
         self.attn_implementation = attn_implementation
         self._model: PreTrainedModel | None = None
-        self._seed = 0
         self._version = -1
-        self._calls = 0  # of generate, since the last load_weights
 
     @property
     def max_top_logprobs(self) -> None:
@@ -61,7 +59,7 @@ class TransformersEngine(RolloutEngine):
     def version(self) -> int:
         return self._version
 
-    def start(self, model: str, seed: int) -> None:
+    def start(self, model: str) -> None:
         """Load ``model`` (a folder or hub id) for sampling; later calls do nothing.
 
         Raises:
@@ -82,7 +80,6 @@ class TransformersEngine(RolloutEngine):
             )
         self._model = loaded.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self._eos = torch.tensor(eos, device=device)
-        self._seed = seed
         speed_up(self._model)
 
     @torch.no_grad()
@@ -99,10 +96,11 @@ class TransformersEngine(RolloutEngine):
         for name, tensor in checked_weights(weights, parameters):
             parameters[name].copy_(tensor)
         self._version = version
-        self._calls = 0
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0
+    ) -> list[Completion]:
         """Draw ``n`` responses to each prompt, prompt-major.
 
         Log-probabilities are computed in float32 from the full softmax at the sampling temperature; under truncation they are
@@ -115,8 +113,7 @@ class TransformersEngine(RolloutEngine):
         """
         model = self._loaded()
         check_request(model.config, prompts, n, sampling, top_logprobs)
-        generator = torch.Generator(model.device).manual_seed(call_seed(self._seed, self._version, self._calls))
-        self._calls += 1
+        generator = torch.Generator(model.device).manual_seed(seed)
         # prompts of like length share a batch, so that little is padded; longest first, so that a lack of memory shows at once
         by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         queue = [i for i in by_length for _ in range(n)]
@@ -134,7 +131,7 @@ class TransformersEngine(RolloutEngine):
 
     def _loaded(self) -> PreTrainedModel:
         if self._model is None:
-            raise RolloutError("the engine has no model: call start(model, seed) first")
+            raise RolloutError("the engine has no model: call start(model) first")
         return self._model
 
 

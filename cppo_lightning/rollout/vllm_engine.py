@@ -15,7 +15,6 @@ import torch
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from cppo_lightning.rollout.requests import (
-    call_seed,
     check_request,
     checked_weights,
     eos_token_ids,
@@ -33,7 +32,7 @@ INSTALL = "pip install 'cppo-lightning[vllm]' (with a GPU), make install-vllm (i
 # what VLLMEngine sets itself, and where the user says it instead
 RESERVED = {
     "model": "the model's own setting",
-    "seed": "the run's seed",
+    "seed": "the seed of each call",
     "dtype": "engine.dtype",
     "max_logprobs": "engine.max_top_logprobs",
     "gpu_memory_utilization": "engine.gpu_memory_utilization",
@@ -46,9 +45,9 @@ RESERVED = {
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM (https://docs.vllm.ai) in this process; weights come in through vLLM's own reload.
 
-    The same seed, weights version and calls since these weights came give the same tokens; the trainer's random state,
-    threads and environment are as before after each call.  On a CPU, ``VLLM_CPU_KVCACHE_SPACE`` (GiB, here 2 unless set)
-    sizes the cache, and no code is compiled unless ``engine_args`` has ``enforce_eager: false``.
+    The trainer's random state, threads and environment are as before after each call.  On a CPU,
+    ``VLLM_CPU_KVCACHE_SPACE`` (GiB, here 2 unless set) sizes the cache, and no code is compiled unless ``engine_args`` has
+    ``enforce_eager: false``.
 
     Args:
         dtype: dtype of the sampling weights; float32 is the honest choice for small models on a CPU.
@@ -88,9 +87,7 @@ class VLLMEngine(RolloutEngine):
         self.max_model_len = max_model_len
         self.engine_args = dict(engine_args or {})
         self._llm: LLM | None = None
-        self._seed = 0
         self._version = -1
-        self._calls = 0  # of generate, since the last load_weights
 
     @property
     def max_top_logprobs(self) -> int:
@@ -100,7 +97,7 @@ class VLLMEngine(RolloutEngine):
     def version(self) -> int:
         return self._version
 
-    def start(self, model: str, seed: int) -> None:
+    def start(self, model: str) -> None:
         """Load ``model`` (a folder or hub id) into vLLM; later calls do nothing.
 
         Raises:
@@ -111,14 +108,13 @@ class VLLMEngine(RolloutEngine):
         self._config = read_config(model)
         self._eos = eos_token_ids(model, self._config)
         self._parameters = meta_parameters(self._config)
-        self._seed = seed
         self._owns_process_group = not torch.distributed.is_initialized()
         _set_environment()
         with _process_state_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports touch deprecated names of torch
-            self._llm = self._load(model, seed)
+            self._llm = self._load(model)
 
-    def _load(self, model: str, seed: int) -> LLM:
+    def _load(self, model: str) -> LLM:
         from vllm import LLM
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
@@ -134,7 +130,6 @@ class VLLMEngine(RolloutEngine):
         return LLM(
             model=model,
             dtype=self.dtype,  # pyright: ignore[reportArgumentType]
-            seed=seed % 2**32,
             logprobs_mode="processed_logprobs",
             max_logprobs=self.max_top_logprobs,
             gpu_memory_utilization=self.gpu_memory_utilization,
@@ -157,9 +152,10 @@ class VLLMEngine(RolloutEngine):
             llm.apply_model(_repack_output_head)
         llm.reset_prefix_cache()
         self._version = version
-        self._calls = 0
 
-    def generate(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0
+    ) -> list[Completion]:
         """Draw ``n`` responses to each prompt, prompt-major.
 
         Log-probabilities are vLLM's processed ones: float32, at the sampling temperature, renormalised over the kept set under
@@ -192,9 +188,8 @@ class VLLMEngine(RolloutEngine):
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         with _process_state_kept():
             # vLLM in process draws from torch's global generator; its own per-request seeds crash on a CPU
-            torch.manual_seed(call_seed(self._seed, self._version, self._calls))
+            torch.manual_seed(seed)
             answers = llm.generate(requests, params, use_tqdm=False)
-        self._calls += 1
         return _completions(answers, len(prompts), n, top_logprobs)
 
     def close(self) -> None:
@@ -211,7 +206,7 @@ class VLLMEngine(RolloutEngine):
 
     def _loaded(self) -> LLM:
         if self._llm is None:
-            raise RolloutError("the engine has no model: call start(model, seed) first")
+            raise RolloutError("the engine has no model: call start(model) first")
         return self._llm
 
 
