@@ -155,7 +155,7 @@ def test_wheel_of_the_sdist_trains_from_another_folder(source: Path, tmp_path: P
         folder.mkdir()
         done = user_folder.fit_own_trust_region(command, folder, tiny_model_path)
         assert done.returncode == 0, done.stderr
-        assert "rollout 3/3 | step 6" in done.stdout + done.stderr
+        assert "rollout 3/3 | step" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -149,7 +149,7 @@ def contains(whole: object, part: object) -> bool:
 @pytest.mark.parametrize("command", RUN)
 def test_trust_regions_change_with_one_more_config(command: str, folder: Path) -> None:
     done = run(command, folder)
-    assert "rollout 3/3 | step 6" in done.stdout + done.stderr
+    assert "rollout 3/3 | step" in done.stdout + done.stderr
     (saved,) = folder.glob("runs/debug/*/config.yaml")
     last = yaml.safe_load((folder / shlex.split(command)[-1]).read_text())
     assert contains(yaml.safe_load(saved.read_text()), last)
