@@ -55,7 +55,9 @@ class RolloutBatch:
         """The given rows (int64 indices), cut to their own longest prompt and response."""
         taken = {f.name: v[rows] for f in fields(self) if (v := getattr(self, f.name)) is not None}
         prompt = int(taken["prompt_mask"].sum(-1).max()) if len(rows) else 0
-        response = int(taken["response_mask"].sum(-1).max()) if len(rows) else 0
+        # up to the last trainable token: untrained ones may stand before it
+        ends = taken["response_mask"].any(0).nonzero()
+        response = int(ends[-1]) + 1 if len(ends) else 0
         for name in ("prompt_ids", "prompt_mask"):
             taken[name] = taken[name][:, taken[name].shape[1] - prompt :]
         for name in ("response_ids", "response_mask", "rollout_logp", "topk_ids", "topk_rollout_logp"):

@@ -25,6 +25,8 @@ from cppo_lightning.rollout import (
     Sampling,
     check_problems,
 )
+from cppo_lightning.rollout.shaping import OverlongPenalty
+from cppo_lightning.rollout.stream import refilled
 from cppo_lightning.verifiers import Verifier, VerifierPool
 
 if TYPE_CHECKING:
@@ -32,13 +34,19 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
+    from cppo_lightning.mismatch import Anchor
     from cppo_lightning.verifiers import Problem
 
 
-class WeightSource(Protocol):
-    """What the datamodule needs of the module: the policy's weights by Hugging Face name."""
+class Trained(Protocol):
+    """What the datamodule needs of the module: the policy's weights by Hugging Face name, and whether it wants pi_old."""
+
+    @property
+    def anchor(self) -> Anchor: ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def recompute(self, batch: RolloutBatch) -> RolloutBatch: ...
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,14 @@ class RolloutDataModule(LightningDataModule):
         sampling: how training responses are drawn; must not be truncated.
         template: how a problem becomes a prompt.
         advantages: turns a group's rewards into advantages.
+        overlong: penalty on long responses, added to the rewards before advantages are computed; null for none.
         evaluation: what ``validate``, ``test`` and ``predict`` use; None when they are not needed.
         top_k: how many of mu's most likely tokens rollouts carry (linked to what the trust region reads).
         seed: fixes the order of prompts and the engine's random numbers.
 
     Raises:
-        ConfigError: truncated or greedy sampling, or a ``top_k`` that the engine cannot return.
+        ConfigError: truncated or greedy sampling, a penalty for lengths that cannot be reached, or a ``top_k`` that the engine
+            cannot return.
     """
 
     def __init__(
@@ -94,6 +104,7 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling = Sampling(),
         template: PromptTemplate = PromptTemplate(),
         advantages: AdvantageEstimator = GroupRelative(),
+        overlong: OverlongPenalty | None = None,
         evaluation: Evaluation | None = None,
         top_k: int = 0,
         seed: int = 0,
@@ -106,6 +117,11 @@ class RolloutDataModule(LightningDataModule):
             )
         if sampling.temperature == 0:
             raise ConfigError("data.sampling.temperature must be above 0 to train on, got 0; the paper uses 1.0")
+        if overlong is not None and overlong.max_tokens > sampling.max_tokens:
+            raise ConfigError(
+                f"data.overlong.max_tokens = {overlong.max_tokens} is more than data.sampling.max_tokens = "
+                f"{sampling.max_tokens}, so no response would get the full penalty; take at most {sampling.max_tokens}"
+            )
         limit = engine.max_top_logprobs
         if limit is not None and top_k > limit:
             raise ConfigError(
@@ -120,6 +136,7 @@ class RolloutDataModule(LightningDataModule):
         self.sampling = sampling
         self.template = template
         self.advantages = advantages
+        self.overlong = overlong
         self.evaluation = evaluation
         self.top_k = top_k
         self.seed = seed
@@ -150,6 +167,7 @@ class RolloutDataModule(LightningDataModule):
         if stage == "fit":
             self.order = PromptOrder(self.load(self.prompts), self.seed)
             self.order.position = self._order_position
+            self.refills = PromptOrder(self.order.problems, self.seed + 2**31)  # another shuffle of the same problems
 
     def load(self, source: PromptSource) -> list[Problem]:
         """A source's problems, each with a prompt that the template accepts and an answer that verifies itself."""
@@ -165,7 +183,7 @@ class RolloutDataModule(LightningDataModule):
         if self._weights_current and self.engine.version == version:
             return
         self.engine.start(self.model)
-        self.engine.load_weights(cast("WeightSource", trainer.lightning_module).named_weights(), version)
+        self.engine.load_weights(self._trained().named_weights(), version)
         self._weights_current = True
 
     def draw_seed(self, *purpose: str | int) -> int:
@@ -175,7 +193,9 @@ class RolloutDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[RolloutBatch]:
         # the id in padding is never read: attention and losses are masked
-        stream = RolloutStream(self._draw, self.advantages, self.plan.updates, self.top_k, pad_id=0)
+        trained = self._trained()
+        recompute = trained.recompute if trained.anchor == "recomputed" else None
+        stream = RolloutStream(self._draw, self.advantages, self.plan.updates, self.top_k, 0, self.overlong, recompute)
         return DataLoader(stream, batch_size=None, num_workers=0)
 
     def val_dataloader(self) -> DataLoader[Rollout] | list[Any]:
@@ -205,17 +225,34 @@ class RolloutDataModule(LightningDataModule):
         self.pool.close()
 
     def _draw(self) -> Rollout:
-        trainer = self._trainer()
         self.sync_weights()
-        seed = self.draw_seed("train", self.order.position)
-        problems = self.order.take(self.plan.prompts)[trainer.global_rank :: trainer.world_size]
-        self.rollout = self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k, seed)
+        start = self.order.position
+        problems = self._share(self.order)
+        rollout = self._sample(problems, self.draw_seed("train", start))
+
+        def refill(number: int, missing: int) -> Rollout:
+            # Every refill has a place of its own in the second shuffle, used or not: ranks decide by themselves when they have
+            # enough, and a resumed run needs to know the first shuffle's position alone.
+            self.refills.position = start * self.plan.max_refills + (number - 1) * self.plan.prompts
+            return self._sample(self._share(self.refills)[:missing], self.draw_seed("refill", start, number))
+
+        self.rollout = refilled(rollout, len(problems), self.plan.max_refills, refill)
         return self.rollout
+
+    def _share(self, order: PromptOrder) -> list[Problem]:
+        """This rank's part of the next ``plan.prompts`` problems."""
+        return order.take(self.plan.prompts)[self._trainer().global_rank :: self._trainer().world_size]
+
+    def _sample(self, problems: list[Problem], seed: int) -> Rollout:
+        return self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k, seed)
 
     def _evaluation_loader(self) -> DataLoader[Rollout]:
         assert self.evaluation is not None, "setup refused this"
         problems = self.load(self.evaluation.prompts)[self._trainer().global_rank :: self._trainer().world_size]
         return DataLoader(EvaluationStream(self, self.evaluation, problems), batch_size=None, num_workers=0)
+
+    def _trained(self) -> Trained:
+        return cast("Trained", self._trainer().lightning_module)
 
     def _trainer(self) -> Trainer:
         if self.trainer is None:

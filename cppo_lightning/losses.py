@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cppo_lightning.batch import Gate
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,26 @@ class LossAggregation:
 class ReferenceKL:
     """Penalty on the divergence from a frozen reference policy, estimated on the sampled tokens.
 
+    With d = log pi - log ref (Schulman's estimators; the last two pass k2's gradient straight through):
+
+    ======  ================  ============================  =======================================
+    name    value             its expectation under pi      expected gradient under pi
+    ======  ================  ============================  =======================================
+    k1      d                 KL(pi || ref)                 0: no penalty at all
+    k2      d^2 / 2           close to it near ref          that of KL(pi || ref)
+    k3      exp(-d) + d - 1   KL(pi || ref)                 that of KL(ref || pi), the other way round
+    k1+     d                 KL(pi || ref)                 that of KL(pi || ref)
+    k3+     exp(-d) + d - 1   KL(pi || ref)                 that of KL(pi || ref)
+    ======  ================  ============================  =======================================
+
+    Tokens come from mu, so after a rollout's first update these expectations hold up to pi / mu, which is left out here.
+
     Args:
         coef: weight beta of the penalty (DeepSeekMath uses 0.04); above 0, since without a penalty no reference is loaded.
-        estimator: with d = log pi - log ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman's estimators).
+        estimator: k1, k2, k3, k1+ or k3+; GRPO uses k3.
+
+    Raises:
+        ConfigError: a coefficient not above 0, or an unknown estimator.
     """
 
     coef: float
@@ -78,28 +95,33 @@ class ReferenceKL:
     def __post_init__(self) -> None:
         if self.coef <= 0:
             raise ConfigError(f"reference_kl.coef must be above 0, got {self.coef}; for no penalty set reference_kl: null")
-        if self.estimator not in ("k1", "k2", "k3"):
-            raise ConfigError(f"reference_kl.estimator must be k1, k2 or k3, got {self.estimator!r}")
+        if self.estimator not in ("k1", "k2", "k3", "k1+", "k3+"):
+            raise ConfigError(f"reference_kl.estimator must be k1, k2, k3, k1+ or k3+, got {self.estimator!r}")
 
     def __call__(self, logp: Tensor, reference_logp: Tensor) -> Tensor:
-        """Per-token estimate ``[B, T]``, differentiable in ``logp``."""
+        """Per-token estimate ``[B, T]`` in nats, differentiable in ``logp``."""
         d = logp - reference_logp
-        if self.estimator == "k1":
-            return d
+        k2 = 0.5 * d.square()
         if self.estimator == "k2":
-            return 0.5 * d.square()
-        return (-d).exp() + d - 1
+            return k2
+        value = d if self.estimator in ("k1", "k1+") else (-d).exp() + d - 1
+        # the difference is exactly 0 and has k2's gradient
+        return value.detach() + (k2 - k2.detach()) if self.estimator.endswith("+") else value
 
 
 def policy_gradient_loss(logp: Tensor, advantages: Tensor, gate: Gate, coefficients: Tensor) -> Tensor:
     """Scalar whose gradient is that of the surrogate: ``-sum coef_t * weight_t * A_t * log pi(y_t)``.
 
-    All inputs are ``[B, T]``; only ``logp`` carries a gradient.
+    All inputs are ``[B, T]``; only ``logp`` carries a gradient.  Tokens with coefficient 0 (padding) may hold anything.
     """
-    return -(coefficients * gate.weight.detach() * advantages * logp).sum()
+    return -_weighted_sum(gate.weight.detach() * advantages * logp, coefficients)
 
 
 def surrogate_value(advantages: Tensor, gate: Gate, coefficients: Tensor) -> Tensor:
     """The objective's value with the same normalisation, for logs and tests (a scalar without gradient)."""
-    per_token = gate.diagnostics.get("surrogate", gate.weight * advantages)
-    return (coefficients * per_token).sum()
+    return _weighted_sum(gate.diagnostics.get("surrogate", gate.weight * advantages), coefficients)
+
+
+def _weighted_sum(per_token: Tensor, coefficients: Tensor) -> Tensor:
+    # filled, not multiplied: 0 times an infinity would be NaN
+    return (coefficients * per_token).masked_fill(coefficients == 0, 0.0).sum()

@@ -17,6 +17,7 @@ from cppo_lightning.batch import Gate, RolloutBatch, TokenStats, micro_batches
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals, policy_gradient_loss, surrogate_value
 from cppo_lightning.metrics import log_metrics
+from cppo_lightning.mismatch import Anchor, MismatchCorrection, RecomputedBatch, check_anchor, decoupled_gate, numbered
 from cppo_lightning.policy import Policy, PolicyConfig, ResponseLogProbs
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.trust_regions import TrustRegion
@@ -53,9 +54,12 @@ class RLVRModule(LightningModule):
         temperature: temperature that rollouts are sampled at (linked to ``data.sampling.temperature`` on the command line).
         micro_batch_tokens: padded tokens (prompt and response) in one forward pass.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        anchor: what ratios are taken against: ``rollout`` is mu, as the engine reported it; ``recomputed`` is pi_old, computed
+            here with the weights that sampled, at the cost of one more forward pass over each rollout.
+        mismatch: correction for the difference between pi_old and mu, only with ``anchor: recomputed``; None for none.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value outside its range, or an anchor that the trust region or the correction does not go with.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class RLVRModule(LightningModule):
         temperature: float = 1.0,
         micro_batch_tokens: int = 16384,
         max_grad_norm: float | None = 1.0,
+        anchor: Anchor = "rollout",
+        mismatch: MismatchCorrection | None = None,
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -77,6 +83,7 @@ class RLVRModule(LightningModule):
             raise ConfigError(f"model.micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ConfigError(f"model.max_grad_norm must be above 0, or null for no clipping, got {max_grad_norm}")
+        check_anchor(trust_region, anchor, mismatch)
         self.automatic_optimization = False
         self.policy_config = policy
         self.trust_region = trust_region
@@ -87,6 +94,8 @@ class RLVRModule(LightningModule):
         self.temperature = temperature
         self.micro_batch_tokens = micro_batch_tokens
         self.max_grad_norm = max_grad_norm
+        self.anchor: Anchor = anchor
+        self.mismatch = mismatch
         self.policy: Policy | None = None
         self.reference: Policy | None = None
 
@@ -106,6 +115,17 @@ class RLVRModule(LightningModule):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights by Hugging Face name, for a rollout engine."""
         return self._policy().named_weights()
+
+    @torch.no_grad()
+    def recompute(self, batch: RolloutBatch) -> RecomputedBatch:
+        """``batch`` with log pi_old, the policy's log-probabilities of its tokens as they are now.
+
+        It is cut as in training, so that at a rollout's first update pi / pi_old is 1.  Every rank must call it.
+        """
+        parts = self._micro_batches(numbered(batch).to(self.device))
+        with self.trainer.precision_plugin.train_step_context():
+            logp = [self._policy()(part, self.temperature).logp for part in parts]
+        return RecomputedBatch.assemble(batch, parts, logp)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor] | None:
         """One optimizer step on one minibatch; None when there was nothing to train on or the gradient was not finite."""
@@ -161,7 +181,10 @@ class RLVRModule(LightningModule):
         """Add one micro-batch's gradient; returns its shares ``[3]`` of surrogate, reference KL and mean entropy."""
         output = self._policy()(batch, self.temperature)
         stats = self._stats(batch, output)
-        gate = self.trust_region(stats)
+        if self.anchor == "rollout":
+            gate = self.trust_region(stats)
+        else:
+            gate = decoupled_gate(self.trust_region, stats, batch, self.mismatch)
         self._show(stats, gate)
         coefficients = self.aggregation.coefficients(stats.mask, totals)
         loss = policy_gradient_loss(output.logp, stats.advantages, gate, coefficients)

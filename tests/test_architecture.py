@@ -19,6 +19,7 @@ ORDER = (
     {"batch"},
     {"divergences", "advantages", "losses", "logprobs", "theory", "small_models"},
     {"trust_regions", "verifiers", "policy", "metrics"},
+    {"mismatch"},
     {"rollout"},
     {"module", "datamodule"},
     {"replay"},

@@ -44,6 +44,13 @@ def test_micro_batches_keep_every_token_and_the_budget() -> None:
     assert micro_batches(batch.select(torch.tensor([], dtype=torch.int64)), 40) == []
 
 
+def test_a_hole_in_the_mask_loses_no_token() -> None:
+    batch = make_batch([3, 2], [6, 4])
+    batch.response_mask[0, 2:4] = False
+    part = batch.select(torch.tensor([0]))
+    assert part.response_mask.tolist() == [[True, True, False, False, True, True]]
+
+
 def test_blank_row_has_no_trainable_token() -> None:
     blank = make_batch([3, 2], [4, 1]).blank()
     assert len(blank) == 1

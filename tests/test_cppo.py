@@ -1,17 +1,25 @@
-"""CPPO against the worked vectors and against a per-token loop written from Algorithm 1."""
+"""CPPO and its variants against the worked vectors, a per-token loop of Algorithm 1, and what must hold of any batch."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cppo_lightning.batch import TokenStats
-from cppo_lightning.divergences import BinaryTV, TopKTV
+from cppo_lightning.batch import Gate, TokenStats
+from cppo_lightning.divergences import BinaryKL, BinaryTV, TopKKL, TopKTV
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, Totals, policy_gradient_loss, surrogate_value
-from cppo_lightning.trust_regions import CPPO
+from cppo_lightning.trust_regions import CPPO, DPPO
 from cppo_lightning.trust_regions.cppo import masked_quantile
+from cppo_lightning.trust_regions.fixed_horizon_cppo import FixedHorizonCPPO
+from cppo_lightning.trust_regions.shuffled_cppo import ShuffledCPPO
+from cppo_lightning.trust_regions.soft_cppo import SoftCPPO
+from tests.oracles_cppo import Batch, algorithm_1, divergences, random_batch, spoil, thousand_batches, top_k_of
 from tests.worked import VECTORS, from_probabilities, response, stack
 
 C = from_probabilities([0.50, 0.40, 0.30, 0.20], [0.62, 0.46, 0.31, 0.21], 1.0)
@@ -55,6 +63,33 @@ def test_worked_vectors(name: str) -> None:
     assert gate.diagnostics["first_exhausted"].tolist() == [exhausted[0] if exhausted else -1]
 
 
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"cppo_A_topk_no_budget"}))
+def test_worked_vectors_of_the_soft_gate(name: str) -> None:
+    stats, cppo = CASES[name]
+    soft = SoftCPPO(cppo.divergence, adaptive=cppo.adaptive)(stats)
+    expected = np.array(VECTORS[name]["soft_mask"]) * VECTORS[name]["rho"]
+    np.testing.assert_allclose(soft.weight[0].numpy(), expected, rtol=3e-6)
+    assert torch.equal(soft.keep, cppo(stats).keep)
+    assert (np.array(VECTORS[name]["soft_mask"])[~soft.keep[0].numpy()] < 1).all()
+
+
+def test_worked_vector_without_a_budget() -> None:
+    """The vector has a budget of 1e9 per token; none at all decides the same."""
+    expected, gate = VECTORS["cppo_A_topk_no_budget"], CPPO(TopKTV(2), delta_b=None)(response("A"))
+    np.testing.assert_allclose(gate.diagnostics["threshold"][0].numpy(), expected["c"], rtol=2e-6)
+    np.testing.assert_allclose(-gate.weight[0].numpy(), expected["g"], rtol=2e-6)
+    assert not any("budget_" in name and "masked" not in name for name in gate.diagnostics)
+    assert not gate.diagnostics["masked_by_budget"].any()
+
+
+def test_worked_vector_of_a_fixed_horizon() -> None:
+    expected, cppo = VECTORS["cppo_C_padded64"], FixedHorizonCPPO(BinaryTV(), adaptive=False, horizon=64)
+    gate = cppo(C)
+    np.testing.assert_allclose(cppo.position_weight(C.mask)[0].numpy(), expected["w"], rtol=2e-6)
+    np.testing.assert_allclose(gate.diagnostics["threshold"][0].numpy(), expected["c"], rtol=2e-5, atol=2e-7)
+    assert gate.keep[0].tolist() == [bool(k) for k in expected["keep"]]
+
+
 @pytest.mark.parametrize("kind", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_worked_aggregates(kind: str) -> None:
     stats = stack(response("A"), response("B"))
@@ -76,29 +111,6 @@ def test_padding_width_does_not_enter() -> None:
         torch.testing.assert_close(wide[:, :4] if wide.dim() == 2 else wide, value, rtol=0, atol=0)
     w = CPPO(BinaryTV()).position_weight(stack(C, width=64).mask)[0, :4]
     assert not np.allclose(w.numpy(), VECTORS["cppo_C_padded64"]["w"])
-
-
-def oracle(stats: TokenStats, row: int, c: CPPO) -> dict[str, list[float]]:
-    """Algorithm 1 for one response, token by token, in float64."""
-    positions = [t for t in range(stats.mask.shape[1]) if stats.mask[row, t]]
-    divergence = c.divergence(stats)[row].double()
-    d = [float(divergence[t]) for t in positions]
-    total = len(d)
-    delta_b = c.delta_b
-    if c.adaptive:
-        delta_b = min(max(float(np.quantile(d, c.quantile)), c.delta_b), c.ceiling * c.delta_b)
-    spent = allowance = 0.0
-    out: dict[str, list[float]] = {"keep": [], "threshold": [], "margin": []}
-    for t, position in enumerate(positions, start=1):
-        w = 1.0 if total == 1 else 1 - (1 - c.w_min) * (t - 1) / (total - 1)
-        z = w * d[t - 1]
-        threshold = min(c.delta, c.delta + delta_b * allowance - spent)
-        rho = float(stats.ratio[row, position])
-        out["keep"].append(float(stats.advantages[row, position] * (rho - 1) <= 0 or z <= threshold))
-        out["threshold"].append(threshold)
-        out["margin"].append(abs(z - threshold))
-        spent, allowance = spent + z, allowance + w
-    return out
 
 
 def random_stats(seed: int, rows: int = 12, width: int = 40, vocabulary: int = 30, k: int = 5) -> TokenStats:
@@ -142,15 +154,210 @@ def test_equals_a_loop_over_tokens(seed: int, cppo: CPPO) -> None:
     gate = cppo(stats)
     assert not gate.keep[~stats.mask].any()
     assert torch.equal(gate.weight[~stats.mask], torch.zeros_like(gate.weight[~stats.mask]))
-    for row in range(len(stats.mask)):
-        expected, own = oracle(stats, row, cppo), stats.mask[row]
-        np.testing.assert_allclose(gate.diagnostics["threshold"][row, own].numpy(), expected["threshold"], atol=3e-6)
+    divergence = cppo.divergence(stats)
+    for row, own in enumerate(stats.mask):
+        d, rho = divergence[row, own].double().tolist(), stats.ratio[row, own].double().tolist()
+        expected = algorithm_1(cppo, d, rho, float(stats.advantages[row, 0]), stats.response_ids[row, own].tolist())
+        np.testing.assert_allclose(
+            gate.diagnostics["threshold"][row, own].numpy(), [token.threshold for token in expected], atol=3e-6
+        )
         # a decision may differ only where float32 cannot tell Z_t from c_t
-        certain = np.array(expected["margin"]) > 3e-6
-        np.testing.assert_array_equal(gate.keep[row, own].numpy()[certain], np.array(expected["keep"], bool)[certain])
+        certain = [token.margin > 3e-6 for token in expected]
+        np.testing.assert_array_equal(gate.keep[row, own].numpy()[certain], np.array([t.keep for t in expected])[certain])
     dropped = stats.mask & ~gate.keep
     assert dropped.any(), "a batch in which nothing is dropped tests nothing"
     assert torch.equal(dropped, gate.diagnostics["masked_by_position"] | gate.diagnostics["masked_by_budget"])
+
+
+VARIANTS = {
+    "paper": CPPO(),
+    "binary TV, fixed": CPPO(BinaryTV(), adaptive=False),
+    "Top-K KL": CPPO(TopKKL(), delta=0.1, delta_b=0.002),
+    "binary KL": CPPO(BinaryKL(), delta=0.1, delta_b=0.002),
+    "no position weight": CPPO(w_min=1.0),
+    "no budget": CPPO(delta_b=None),
+    "ratio cap": CPPO(max_ratio=1.2, quantile=0.5, ceiling=5.0),
+    "fixed horizon": FixedHorizonCPPO(ceiling=5.0, horizon=9, w_min=0.3),
+    "shuffled": ShuffledCPPO(w_min=0.3, seed=7),
+    "soft": SoftCPPO(),
+    "soft, no budget": SoftCPPO(delta_b=None, delta=0.05, max_ratio=1.5),
+}
+
+
+def on(cppo: CPPO, stats: TokenStats) -> CPPO:
+    """The trust region with as many top-K entries as the batch has."""
+    assert stats.topk_ids is not None
+    return replace(cppo, divergence=top_k_of(cppo.divergence, stats.topk_ids.shape[-1]))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_thousand_batches_equal_a_loop_over_tokens(name: str) -> None:
+    """Divergence, position weight, budget, decision and weight, each from the full distributions in float64."""
+    counts = {True: 0, False: 0}
+    for batch in thousand_batches():
+        cppo = on(VARIANTS[name], batch.stats)
+        gate = cppo(batch.stats)
+        assert torch.equal(gate.weight[~batch.stats.mask], torch.zeros(int((~batch.stats.mask).sum())))
+        assert not gate.keep[~batch.stats.mask].any()
+        for own, weight, keep, row in zip(batch.stats.mask, gate.weight, gate.keep, batch.responses, strict=True):
+            d = divergences(cppo.divergence, row)
+            expected = algorithm_1(cppo, d, row.ratios, row.advantage, row.ids)
+            for token, w, k in zip(expected, weight[own].tolist(), keep[own].tolist(), strict=True):
+                counts[k] += 1
+                if token.margin > 3e-6:  # float32 cannot tell Z_t from c_t, or rho from 1, any closer
+                    assert k is token.keep
+                    assert w == pytest.approx(token.weight, rel=2e-5, abs=1e-6)
+    assert min(counts.values()) > 300, "a strategy that hardly ever drops or keeps tests little"
+
+
+# sizes shrink to a small batch, and the seed stands for its numbers
+BATCHES = st.builds(random_batch, st.integers(0, 2**31), st.integers(2, 9))
+PROPERTY = settings(max_examples=60, derandomize=True, deadline=None)
+
+
+def equal(a: Gate, b: Gate) -> bool:
+    return torch.equal(a.weight, b.weight) and torch.equal(a.keep, b.keep)
+
+
+@PROPERTY
+@given(BATCHES, st.floats(0.01, 0.4), st.sampled_from([None, 1.2]))
+def test_with_neither_weight_nor_budget_it_is_dppo_bit_for_bit(batch: Batch, delta: float, cap: float | None) -> None:
+    for divergence in (TopKTV(), TopKKL(), BinaryTV(), BinaryKL()):
+        cppo = on(CPPO(divergence, delta, delta_b=None, w_min=1.0, max_ratio=cap), batch.stats)
+        assert equal(cppo(batch.stats), DPPO(cppo.divergence, delta, cap)(batch.stats))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@PROPERTY
+@given(batch=BATCHES)
+def test_on_policy_every_token_is_kept_with_weight_one(name: str, batch: Batch) -> None:
+    stats = replace(batch.stats, logp=batch.stats.rollout_logp, topk_logp=batch.stats.topk_rollout_logp)
+    gate = on(VARIANTS[name], stats)(stats)
+    assert torch.equal(gate.keep, stats.mask)
+    assert torch.equal(gate.weight, stats.mask.float())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@PROPERTY
+@given(batch=BATCHES)
+def test_a_token_that_moves_toward_mu_is_kept_whatever_its_divergence(name: str, batch: Batch) -> None:
+    stats = batch.stats
+    gate = on(replace(VARIANTS[name], delta=1e-6), stats)(stats)
+    toward = stats.mask & (stats.advantages.sign() * (stats.ratio - 1).sign() <= 0)
+    assert bool(gate.keep[toward].all())
+    cap = VARIANTS[name].max_ratio or float("inf")
+    assert torch.equal(gate.weight[toward], stats.ratio[toward].clamp(max=cap))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@PROPERTY
+@given(batch=BATCHES, other=BATCHES, wider=st.integers(0, 30), left=st.integers(0, 5))
+def test_padding_order_and_company_change_nothing(name: str, batch: Batch, other: Batch, wider: int, left: int) -> None:
+    """Bit for bit, with padding on both sides, rows reversed, and among responses of another batch."""
+    stats, cppo = batch.stats, on(VARIANTS[name], batch.stats)
+    alone, rows = cppo(stats), len(stats.mask)
+
+    def widen(values: torch.Tensor | None, company: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None or company is None:
+            return None
+        width = left + max(values.shape[1], company.shape[1]) + wider
+        out = values.new_zeros(rows + len(company), width, *values.shape[2:])
+        out[:rows, left : left + values.shape[1]] = values.flip(0)
+        columns = [company[..., :1].expand(*company.shape[:2], values.shape[2])] if values.dim() == 3 else [company]
+        out[rows:, : company.shape[1]] = columns[0]
+        return out
+
+    moved = spoil(TokenStats(**{k: widen(v, getattr(other.stats, k)) for k, v in vars(stats).items()}))  # type: ignore[arg-type]
+    gate = cppo(moved)
+    own = slice(left, left + stats.mask.shape[1])
+    assert torch.equal(gate.weight[:rows, own].flip(0), alone.weight)
+    assert torch.equal(gate.keep[:rows, own].flip(0), alone.keep)
+    for diagnostic, value in alone.diagnostics.items():
+        assert bool(gate.diagnostics[diagnostic].isfinite().all()), diagnostic
+        there = gate.diagnostics[diagnostic][:rows].flip(0)
+        assert torch.equal(there[:, own] if value.dim() == 2 else there, value), diagnostic
+    assert bool(gate.weight.isfinite().all())
+
+
+@PROPERTY
+@given(BATCHES)
+def test_kept_is_what_both_bounds_allow(batch: Batch) -> None:
+    """Z_t <= c_t is Z_t <= delta and S_t <= delta + delta_b W_{t-1}."""
+    stats, cppo = batch.stats, on(CPPO(), batch.stats)
+    gate = cppo(stats)
+    w = cppo.position_weight(stats.mask).double()
+    z = w * gate.diagnostics["divergence"].double()
+    s, allowed = z.cumsum(-1), cppo.delta + gate.diagnostics["delta_b"].double()[:, None] * (w.cumsum(-1) - w)
+    margin = torch.minimum((z - cppo.delta).abs(), (s - allowed).abs())
+    feasible = (z <= cppo.delta) & (s <= allowed)
+    certain = stats.mask & ~gate.diagnostics["toward"] & (margin > 3e-6)
+    assert torch.equal(gate.keep[certain], feasible[certain])
+
+
+@PROPERTY
+@given(BATCHES, st.integers(-(2**62), 2**62))
+def test_shuffled_weights_are_the_same_ones(batch: Batch, seed: int) -> None:
+    stats = batch.stats
+    plain, shuffled = CPPO().position_weight(stats.mask), ShuffledCPPO(seed=seed).token_weight(stats)
+    assert torch.equal(plain.sort(-1).values, shuffled.sort(-1).values)
+    assert torch.equal(shuffled[~stats.mask], torch.zeros_like(shuffled[~stats.mask]))
+
+
+def test_the_shuffle_depends_on_the_seed_and_on_the_response_alone() -> None:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(50_000, (4000, 20), generator=g)
+    ids[1] = ids[0]
+    ids[2] = ids[0].flip(0)
+    zeros = torch.zeros(ids.shape)
+    stats = TokenStats(ids, zeros, zeros, zeros, torch.ones_like(ids, dtype=torch.bool))
+    place = ShuffledCPPO(seed=0).shuffled_positions(stats)
+    assert torch.equal(place.sort(-1).values, torch.arange(20).expand(4000, 20))
+    assert torch.equal(place[0], place[1])
+    assert not torch.equal(place[0], place[2])
+    assert not torch.equal(place, ShuffledCPPO(seed=1).shuffled_positions(stats))
+    assert torch.equal(place, ShuffledCPPO(seed=0).shuffled_positions(replace(stats, logp=zeros - 1)))
+    # each of the 400 pairs of position and place comes up 200 times on average, with a standard deviation of 14
+    counts = torch.zeros(20, 20).index_put_((torch.arange(20).expand(4000, 20), place), torch.ones(1), accumulate=True)
+    assert float((counts - 200).abs().max()) < 5 * 14
+    later = (place[:, 1:] > place[:, :-1]).float().mean()
+    assert float(later) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_fixed_horizon_is_the_papers_weight_for_a_response_of_that_length() -> None:
+    mask = torch.ones(1, 40, dtype=torch.bool)
+    torch.testing.assert_close(FixedHorizonCPPO(horizon=40).position_weight(mask), CPPO().position_weight(mask))
+    beyond = FixedHorizonCPPO(horizon=10).position_weight(mask)[0]
+    torch.testing.assert_close(beyond[9:], torch.full((31,), 0.8))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_is_that_of_the_textbook_surrogate(name: str, seed: int) -> None:
+    """Eq. 11: sum of keep_t rho_t A_t with a differentiable rho_t; a capped ratio is ``sg(min(rho, C)) log pi`` instead."""
+    stats = random_stats(seed)
+    cppo = on(VARIANTS[name], stats)
+    mask = stats.mask
+    logp = stats.logp.masked_fill(~mask, 0).requires_grad_()
+    ratio = (logp - stats.rollout_logp.masked_fill(~mask, 0)).exp()
+    gate = torch.zeros(mask.shape)
+    divergence = cppo.divergence(stats)
+    for row, own in enumerate(mask):
+        d, rho = divergence[row, own].double().tolist(), ratio[row, own].double().tolist()
+        uncapped = replace(cppo, max_ratio=None)
+        tokens = algorithm_1(uncapped, d, rho, float(stats.advantages[row, 0]), stats.response_ids[row, own].tolist())
+        assert min(token.margin for token in tokens) > 1e-7, "another seed: float32 might decide otherwise here"
+        gate[row, own] = torch.tensor([token.weight / r for token, r in zip(tokens, rho, strict=True)])
+    if cppo.max_ratio is None:
+        objective = gate * ratio * stats.advantages
+    else:
+        objective = gate * ratio.detach().clamp(max=cppo.max_ratio) * stats.advantages * logp
+    (expected,) = torch.autograd.grad(-(objective * mask).sum() / mask.sum(), logp)
+
+    coefficients = LossAggregation().coefficients(mask, Totals(mask.sum(), torch.tensor(len(mask))))
+    loss = policy_gradient_loss(logp, stats.advantages, cppo(stats), coefficients)
+    (ours,) = torch.autograd.grad(loss, logp)
+    torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-8)
+    assert bool((ours[mask] == 0).any()) is not isinstance(cppo, SoftCPPO)
 
 
 def test_paddings_and_row_order_change_nothing() -> None:
@@ -201,5 +408,12 @@ def test_masked_quantile_equals_numpy(q: float) -> None:
     ],
 )
 def test_bad_settings_are_named(field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"CPPO\.{field} must be .* got {value}"):
+    with pytest.raises(ConfigError, match=rf"^CPPO\.{field} must be .* got {value}"):
         CPPO(**{field: value})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match=rf"^SoftCPPO\.{field} must be .* got {value}"):
+        SoftCPPO(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_bad_horizon_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"FixedHorizonCPPO\.horizon must be at least 2 tokens .* got 1"):
+        FixedHorizonCPPO(horizon=1)

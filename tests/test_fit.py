@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from cppo_lightning.batch import Gate, RolloutBatch, TokenStats
 from cppo_lightning.datamodule import RolloutDataModule
 from cppo_lightning.divergences import BinaryTV, TopKTV
-from cppo_lightning.errors import RolloutError
+from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.losses import LossAggregation, ReferenceKL
+from cppo_lightning.mismatch import MismatchCorrection, RecomputedBatch, TokenMask, TruncatedImportance
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import PolicyConfig
 from cppo_lightning.rollout import Completion, ReasoningGymPrompts, RolloutPlan, Sampling, TransformersEngine
+from cppo_lightning.rollout.shaping import OverlongPenalty
 from cppo_lightning.trust_regions import CPPO, PPOClip, TrustRegion
 from cppo_lightning.verifiers import Format
 
@@ -33,12 +35,16 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.versions: list[tuple[int, int, list[int]]] = []  # (optimizer steps, batch index, policy versions)
         self.ratios: list[float] = []
+        self.gates: list[int] = []  # seen until the end of each update
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: RolloutBatch, batch_idx: int) -> None:
         self.versions.append((trainer.global_step, batch_idx, batch.policy_version.unique().tolist()))
 
     def on_gate(self, trainer: Trainer, pl_module: Any, stats: TokenStats, gate: Gate) -> None:
         self.ratios.append(float((stats.ratio - 1).abs().max()))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: RolloutBatch, batch_idx: int) -> None:
+        self.gates.append(len(self.ratios))
 
 
 def make_data(path: Path, **settings: Any) -> RolloutDataModule:
@@ -288,4 +294,123 @@ def test_gradient_checkpointing_trains_the_same(tiny_model_path: Path, tmp_path:
 def test_no_top_k_where_none_is_read(tiny_model_path: Path, tmp_path: Path, trust_region: TrustRegion) -> None:
     assert trust_region.top_k == 0
     trainer, _ = fit(tmp_path, make_module(tiny_model_path, trust_region=trust_region), make_data(tiny_model_path, top_k=0))
+    assert trainer.global_step == 6
+
+
+@dataclass(frozen=True)
+class DecoupledClip(PPOClip):
+    """Notes what it is given: log pi and what the ratio starts at, of the trainable tokens."""
+
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def __call__(self, stats: TokenStats) -> Gate:
+        self.seen.append((stats.logp[stats.mask], stats.rollout_logp[stats.mask]))
+        return super().__call__(stats)
+
+
+class Understating(TransformersEngine):
+    """Reports a quarter of each probability, so that pi_old / mu is 4."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        completions = super().generate(*args, **kwargs)
+        for completion in completions:
+            completion.logp = completion.logp - torch.tensor(4.0).log()
+        return completions
+
+
+class Batches(Callback):
+    def __init__(self) -> None:
+        self.seen: list[RolloutBatch] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: RolloutBatch, batch_idx: int) -> None:
+        self.seen.append(batch)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_recomputed_anchor_is_the_policy_at_the_rollouts_start(
+    tiny_model_path: Path, tmp_path: Path, precision: str
+) -> None:
+    clip = DecoupledClip()
+    module = make_module(tiny_model_path, trust_region=clip, anchor="recomputed", micro_batch_tokens=100)
+    data = make_data(tiny_model_path, engine=Understating(), top_k=0)
+    _, watch = fit(tmp_path, module, data, rollouts=1, precision=precision)
+    count = watch.gates[0]  # micro-batches of the first update
+    assert 1 < count < len(clip.seen) - 1
+    # the same weights, micro-batches and precision: not close, but equal
+    assert all(torch.equal(logp, old) for logp, old in clip.seen[:count])
+    assert all(float((logp - old).abs().max()) > 1e-2 for logp, old in clip.seen[count:])
+    # callbacks are shown mu: 4 - 1, up to bf16's precision
+    assert watch.ratios[0] == pytest.approx(3, abs=0.5 if precision == "bf16-mixed" else 1e-3)
+
+
+def test_the_second_updates_anchor_is_not_the_second_updates_policy(tiny_model_path: Path, tmp_path: Path) -> None:
+    module = make_module(tiny_model_path, trust_region=DecoupledClip(), anchor="recomputed")
+    batches, data = Batches(), make_data(tiny_model_path, top_k=0)
+    seed_everything(0, verbose=False)
+    make_trainer(tmp_path, [batches], rollouts=1).fit(module, datamodule=data)
+    data.close()
+    initial = make_module(tiny_model_path)
+    initial.configure_model()
+    assert initial.policy is not None
+    assert len(batches.seen) == 2
+    for batch in batches.seen:
+        assert isinstance(batch, RecomputedBatch)
+        with torch.no_grad():
+            expected = initial.policy(batch, 1.0).logp
+        torch.testing.assert_close(batch.old_logp, expected, rtol=1e-5, atol=1e-5)
+
+
+def gradient_norm(path: Path, tmp_path: Path, mismatch: MismatchCorrection | None) -> float:
+    """Of the only update, at which pi is pi_old, so that nothing is clipped."""
+    module = make_module(path, trust_region=DecoupledClip(), anchor="recomputed", mismatch=mismatch)
+    data = make_data(path, engine=Understating(), top_k=0, plan=RolloutPlan(4, 4, 1))
+    trainer, _ = fit(tmp_path, module, data, rollouts=1)
+    return float(trainer.callback_metrics["train/grad_norm"])
+
+
+def test_a_mismatch_correction_scales_the_gradient(tiny_model_path: Path, tmp_path: Path) -> None:
+    """The engine's probabilities are a quarter of the policy's, so every token's w is 4."""
+    plain = gradient_norm(tiny_model_path, tmp_path, None)
+    assert plain > 0
+    for correction, factor in ((TruncatedImportance(2.0), 2.0), (TokenMask(0.5, 5.0), 4.0), (TokenMask(0.0, 2.0), 0.0)):
+        scaled = gradient_norm(tiny_model_path, tmp_path, correction)
+        assert scaled == pytest.approx(factor * plain, rel=1e-4, abs=1e-9)
+
+
+def test_corrections_are_not_stacked_on_ratios_that_start_at_mu(tiny_model_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.mismatch = TruncatedImportance"):
+        make_module(tiny_model_path, mismatch=TruncatedImportance())
+    with pytest.raises(ConfigError, match=r"model\.anchor = recomputed .* CPPO"):
+        make_module(tiny_model_path, anchor="recomputed", mismatch=TruncatedImportance())
+
+
+def test_refills_fill_the_minibatches_and_a_run_with_them_resumes(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Of two samples of a random model half the groups have no spread."""
+
+    def data(**settings: Any) -> RolloutDataModule:
+        return make_data(tiny_model_path, plan=RolloutPlan(prompts=4, samples=2, updates=2, max_refills=20), **settings)
+
+    whole, batches = make_module(tiny_model_path), Batches()
+    seed_everything(0, verbose=False)
+    refilling = data()
+    make_trainer(tmp_path, [batches], rollouts=3).fit(whole, datamodule=refilling)
+    refilling.close()
+    assert [len(batch) for batch in batches.seen] == [4] * 6
+    assert refilling.order.position == 12
+    assert refilling.rollout is not None
+    assert len(refilling.rollout.groups()) > 4, "a run without a refill tests nothing"
+    half = make_module(tiny_model_path)
+    trainer, _ = fit(tmp_path, half, data(), rollouts=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    again, resumed = make_module(tiny_model_path), data()
+    make_trainer(tmp_path, [], rollouts=3).fit(again, datamodule=resumed, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    resumed.close()
+    for a, b in zip(weights(whole), weights(again), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_penalty_that_no_response_can_reach_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.overlong\.max_tokens = 9 is more than data\.sampling\.max_tokens = 8"):
+        make_data(tiny_model_path, overlong=OverlongPenalty(9, 2))
+    trainer, _ = fit(tmp_path, make_module(tiny_model_path), make_data(tiny_model_path, overlong=OverlongPenalty(8, 2)))
     assert trainer.global_step == 6

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from cppo_lightning.advantages import GroupRelative
+from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout.collate import collate
 from cppo_lightning.rollout.engine import Completion, Sampling
 from cppo_lightning.rollout.sampler import Rollout, Sample
-from cppo_lightning.rollout.stream import PromptOrder, RolloutPlan, RolloutStream
+from cppo_lightning.rollout.shaping import OverlongPenalty
+from cppo_lightning.rollout.stream import PromptOrder, RolloutPlan, RolloutStream, refilled
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
 
 
@@ -63,6 +67,64 @@ def test_too_few_groups_leave_empty_minibatches() -> None:
     assert batches[1].topk_ids.shape == (0, 0, 2)
 
 
+def test_long_responses_lose_reward_before_the_advantages_are_computed() -> None:
+    """Lengths are 1, 2, 3 | 2, 3, 4 | 3, 4, 1; from 2 tokens on each costs half a reward, from 4 on all of it."""
+    rollout = make_rollout([[1, 0, 1], [0, 0, 0], [1, 1, 0]])
+    stream = RolloutStream(lambda: rollout, GroupRelative(normalize_std=False), 1, 0, 0, OverlongPenalty(4, 2))
+    (batch,) = stream
+    assert batch.response_mask.sum(-1).tolist() == [1, 2, 3, 3, 4, 1]
+    shaped = torch.tensor([[1.0, 0.0, 0.5], [0.5, 0.0, 0.0]])
+    torch.testing.assert_close(batch.advantages, (shaped - shaped.mean(-1, keepdim=True)).flatten(), rtol=1e-6, atol=1e-7)
+    # the group that is all wrong is skipped, although its lengths give it a spread; the batch reports the verifier's rewards
+    assert batch.group.tolist() == [0, 0, 0, 2, 2, 2]
+    assert batch.rewards.tolist() == [1, 0, 1, 1, 1, 0]
+
+
+def test_every_minibatch_is_recomputed_before_the_first_is_yielded() -> None:
+    seen: list[list[int]] = []
+
+    def recompute(batch: RolloutBatch) -> RolloutBatch:
+        seen.append(batch.group.tolist())
+        return batch
+
+    rollout = make_rollout([[0, 1], [1, 0], [0, 1], [1, 1]])
+    stream = iter(RolloutStream(lambda: rollout, GroupRelative(), updates=4, top_k=0, pad_id=0, recompute=recompute))
+    assert next(stream).group.tolist() == [0, 0]
+    # empty minibatches too: on other ranks they may not be empty, and all take part in collectives
+    assert seen == [[0, 0], [1, 1], [2, 2], []]
+    assert [len(batch) for batch in stream] == [2, 2, 0]
+
+
+def refill_of(spread: list[list[int]], groups: int, max_refills: int) -> tuple[list[tuple[int, int]], Rollout]:
+    """Refill number i has a spread in the groups where ``spread[i]`` is 1; number 0 is the first draw."""
+    asked: list[tuple[int, int]] = []
+
+    def draw(number: int, missing: int) -> Rollout:
+        asked.append((number, missing))
+        return replace(make_rollout([[0, s] for s in spread[number][:missing]]), seconds_sampling=2.0, seconds_verifying=1.0)
+
+    return asked, refilled(make_rollout([[1, 1 - s] for s in spread[0]]), groups, max_refills, draw)
+
+
+def test_refills_ask_for_what_is_missing_until_nothing_is() -> None:
+    asked, rollout = refill_of([[1, 0, 0, 1], [0, 1], [1], [1]], groups=4, max_refills=5)
+    assert asked == [(1, 2), (2, 1)]
+    rewards = [[s.verdict.reward for s in group] for group in rollout.groups()]
+    assert rewards == [[1, 0], [1, 1], [1, 1], [1, 0], [0, 0], [0, 1], [0, 1]]
+    assert (rollout.n, rollout.version) == (2, 5)
+    assert (rollout.seconds_sampling, rollout.seconds_verifying) == (4.0, 2.0)
+    batches = list(RolloutStream(lambda: rollout, GroupRelative(), updates=2, top_k=0, pad_id=0))
+    assert [batch.group.tolist() for batch in batches] == [[0, 0, 3, 3], [5, 5, 6, 6]]
+
+
+def test_refills_are_bounded() -> None:
+    asked, rollout = refill_of([[0, 0, 1]] + [[0, 0]] * 9, groups=3, max_refills=3)
+    assert asked == [(1, 2), (2, 2), (3, 2)]
+    assert len(rollout.groups()) == 9
+    assert refill_of([[0, 0, 0]], groups=3, max_refills=0)[0] == []
+    assert refill_of([[1, 1, 1]], groups=3, max_refills=3)[0] == []
+
+
 def test_prompt_order_is_fixed_by_the_seed_and_the_position() -> None:
     problems = [Problem(str(i), (), "") for i in range(10)]
 
@@ -90,6 +152,7 @@ def test_prompt_order_is_fixed_by_the_seed_and_the_position() -> None:
         ({"prompts": 2, "updates": 4}, "take 4 prompts"),
         ({"samples": 1}, "data.plan.samples must be at least 2, got 1"),
         ({"prompts": 0}, "data.plan.prompts must be at least 1, got 0"),
+        ({"max_refills": -1}, "data.plan.max_refills must be at least 0, got -1"),
         ({"updates": 0}, "data.plan.updates must be at least 1, got 0"),
     ],
 )

@@ -18,13 +18,22 @@ class TrustRegion(ABC):
 
     Diagnostics that callbacks know: ``divergence``, ``weighted_divergence``, ``threshold``, ``toward``,
     ``masked_by_position``, ``masked_by_budget`` (``[B, T]``), ``delta_b``, ``budget_spent``, ``budget_exhausted``,
-    ``first_exhausted`` (``[B]``), and ``surrogate`` (``[B, T]``), the objective's value where it is not ``weight * A``.
+    ``first_exhausted``, ``rejected`` (``[B]``), ``captured_mass`` (``[B, T]``), and ``surrogate`` (``[B, T]``), the objective's
+    value where it is not ``weight * A``.
     """
 
     @property
     def top_k(self) -> int:
         """Number of top-K log-probabilities of mu that rollouts must carry; 0 for none."""
         return 0
+
+    @property
+    def recomputable(self) -> bool:
+        """Whether the method may be anchored at the trainer's own log-probs of a rollout (pi_old) instead of mu.
+
+        PPO-style clips were defined that way; trust regions on a divergence from mu lose what they bound.
+        """
+        return False
 
     @abstractmethod
     def __call__(self, stats: TokenStats) -> Gate:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import pad
 
 from cppo_lightning.batch import Gate
-from cppo_lightning.divergences import Divergence, TopKTV
+from cppo_lightning.divergences import Divergence, TopKTV, captured_mass
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.trust_regions.base import TrustRegion
 
@@ -31,12 +30,14 @@ class CPPO(TrustRegion):
         c_t = min(delta, delta + delta_b W_{t-1} - S_{t-1})
         keep_t = A_t (rho_t - 1) <= 0  or  Z_t <= c_t
 
-    S and W run over every trainable token, kept or not.
+    S and W run over every trainable token, kept or not.  ``CPPO(w_min=1)`` has no position weight, ``CPPO(delta_b=None)`` no
+    prefix budget, and with neither it is DPPO.
 
     Args:
         divergence: D_t; the paper's main runs use the Top-K reduced TV with K = 20.
         delta: token threshold on w_t D_t.
-        delta_b: prefix budget per unit of position weight; the lower end when ``adaptive``.
+        delta_b: prefix budget per unit of position weight; the lower end when ``adaptive``; None for no prefix budget: then
+            c_t = delta, ``adaptive`` says nothing, and the gate has no ``delta_b``, ``budget_...`` and ``first_exhausted``.
         w_min: position weight of the last token, so that D_t may grow from delta to delta / w_min along the response.
         adaptive: one budget per response, clamp(quantile of D_1..D_T, delta_b, ceiling * delta_b) (Eq. 22, Base models);
             otherwise ``delta_b`` for all (post-trained models).
@@ -50,7 +51,7 @@ class CPPO(TrustRegion):
 
     divergence: Divergence = TopKTV()
     delta: float = 0.15
-    delta_b: float = 0.02
+    delta_b: float | None = 0.02
     w_min: float = 0.8
     adaptive: bool = True
     quantile: float = 0.9
@@ -60,7 +61,10 @@ class CPPO(TrustRegion):
     def __post_init__(self) -> None:
         ranges = {
             "delta": (self.delta > 0, "above 0 (the paper uses 0.15)"),
-            "delta_b": (self.delta_b >= 0, "at least 0 (the paper uses 0.015 to 0.03)"),
+            "delta_b": (
+                self.delta_b is None or self.delta_b >= 0,
+                "at least 0 (the paper uses 0.015 to 0.03), or null",
+            ),
             "w_min": (0 < self.w_min <= 1, "in (0, 1] (the paper uses 0.8)"),
             "quantile": (0 <= self.quantile <= 1, "in [0, 1] (the paper uses 0.9)"),
             "ceiling": (self.ceiling >= 1, "at least 1 (the paper uses 2)"),
@@ -68,60 +72,81 @@ class CPPO(TrustRegion):
         }
         for name, (good, right) in ranges.items():
             if not good:
-                raise ConfigError(f"CPPO.{name} must be {right}, got {getattr(self, name)}")
+                raise ConfigError(f"{type(self).__name__}.{name} must be {right}, got {getattr(self, name)}")
 
     @property
     def top_k(self) -> int:
         return self.divergence.top_k
 
     def __call__(self, stats: TokenStats) -> Gate:
-        mask = stats.mask
+        # in place where a tensor is this call's own: at a million tokens its allocation costs more than the arithmetic
+        mask, padding = stats.mask, ~stats.mask
         divergence = self.divergence(stats)  # D, [B, T], 0 where masked
-        weight = self.position_weight(mask)  # w, [B, T], 0 where masked
+        weight = self.token_weight(stats)  # w, [B, T], 0 where masked
         weighted = weight * divergence  # Z
-        spent = weighted.cumsum(-1)  # S_t
-        allowance = weight.cumsum(-1)  # W_t
-        spent_before, allowance_before = _shift(spent), _shift(allowance)
-        delta_b = self.budget(divergence, mask)  # [B]
-        slack = self.delta + delta_b[:, None] * allowance_before - spent_before
-        threshold = slack.clamp(max=self.delta)  # c_t
+        spent, spent_before = _prefix_sums(weighted)  # S_t, S_{t-1}
+        delta_b = self.budget(divergence, mask)  # [B], None for no prefix budget
+        if delta_b is None:
+            allowed = torch.full_like(weighted, math.inf)
+        else:
+            allowed = (delta_b[:, None] * _prefix_sums(weight)[1]).add_(self.delta)  # what S_t may be: delta + delta_b W_{t-1}
+        threshold = (allowed - spent_before).clamp_(max=self.delta)  # c_t
 
         ratio = stats.ratio
-        toward = (stats.advantages * (ratio - 1) <= 0) & mask  # the update pulls pi back to mu
-        dropped = mask & ~toward & (weighted > threshold)
-        keep = mask & ~dropped
-        exhausted = mask & (threshold <= 0)
-        position = mask.cumsum(-1) - 1
-        ever = exhausted.any(-1)
+        toward = (ratio - 1).mul_(stats.advantages).le(0).logical_and_(mask)  # the update pulls pi back to mu
+        dropped = (weighted > threshold).logical_and_(mask).logical_and_(~toward)
+        by_position = (weighted > self.delta).logical_and_(dropped)
+        diagnostics = {
+            "divergence": divergence,
+            "weighted_divergence": weighted,
+            "toward": toward,
+            "masked_by_position": by_position,
+            "masked_by_budget": dropped & ~by_position,
+        }
+        if delta_b is not None:
+            diagnostics |= _budget_diagnostics(mask, threshold, spent[:, -1], allowed) | {"delta_b": delta_b}
+        diagnostics["threshold"] = threshold.masked_fill_(padding, 0.0)
+        if self.top_k:
+            diagnostics["captured_mass"] = captured_mass(stats, self.top_k)
+        capped = ratio if self.max_ratio is None else ratio.clamp(max=self.max_ratio)
         return Gate(
-            weight=(ratio if self.max_ratio is None else ratio.clamp(max=self.max_ratio)) * keep,
-            keep=keep,
-            diagnostics={
-                "divergence": divergence,
-                "weighted_divergence": weighted,
-                "threshold": threshold.masked_fill(~mask, 0.0),
-                "toward": toward,
-                "masked_by_position": dropped & (weighted > self.delta),
-                "masked_by_budget": dropped & (weighted <= self.delta),
-                "delta_b": delta_b,
-                "budget_spent": spent[:, -1] / (self.delta + delta_b * (allowance_before * mask).amax(-1)),
-                "budget_exhausted": ever,
-                # 0-based position among trainable tokens; -1 when the budget lasts
-                "first_exhausted": torch.where(ever, position.masked_fill(~exhausted, position.shape[-1]).amin(-1), -1),
-            },
+            weight=self.gated(capped, dropped, weighted, spent, allowed).masked_fill_(padding, 0.0),
+            keep=mask & ~dropped,
+            diagnostics=diagnostics,
         )
 
-    def position_weight(self, mask: Tensor) -> Tensor:
-        """w_t (Eq. 9) ``[B, T]`` float32: from 1 at a response's first trainable token to ``w_min`` at its last."""
-        position = mask.cumsum(-1) - 1
-        last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
-        return (1 - (1 - self.w_min) * position / last) * mask
+    def token_weight(self, stats: TokenStats) -> Tensor:
+        """The w_t that each token gets ``[B, T]`` float32, 0 where masked; here those of its position."""
+        return self.position_weight(stats.mask)
 
-    def budget(self, divergence: Tensor, mask: Tensor) -> Tensor:
-        """delta_b of each response ``[B]`` float32 (Eq. 22)."""
+    def position_weight(self, mask: Tensor, position: Tensor | None = None) -> Tensor:
+        """w_t (Eq. 9) ``[B, T]`` float32, 0 where masked: from 1 at the first trainable token to ``w_min`` at its last.
+
+        ``position``: the 0-based position ``[B, T]`` to take it at, None for a token's own.
+        """
+        position = positions(mask) if position is None else position
+        last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
+        return (position * float(1 - self.w_min)).div_(last).neg_().add_(1).masked_fill_(~mask, 0.0)
+
+    def budget(self, divergence: Tensor, mask: Tensor) -> Tensor | None:
+        """delta_b of each response ``[B]`` float32 (Eq. 22), None for no prefix budget."""
+        if self.delta_b is None:
+            return None
         if not self.adaptive:
             return divergence.new_full(divergence.shape[:1], self.delta_b)
         return masked_quantile(divergence, mask, self.quantile).clamp(self.delta_b, self.ceiling * self.delta_b)
+
+    def gated(self, ratio: Tensor, dropped: Tensor, weighted: Tensor, spent: Tensor, allowed: Tensor) -> Tensor:
+        """A new tensor with each token's weight (Eq. 10) ``[B, T]``: rho_t, and 0 where dropped.
+
+        All are ``[B, T]``; ``weighted`` is Z_t, ``spent`` S_t, and ``allowed`` delta + delta_b W_{t-1}.
+        """
+        return ratio.masked_fill(dropped, 0.0)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """0-based position among a response's trainable tokens, ``[B, T]`` int32; -1 before the first."""
+    return mask.cumsum(-1, dtype=torch.int32).sub_(1)
 
 
 def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
@@ -141,6 +166,23 @@ def masked_quantile(values: Tensor, mask: Tensor, q: float) -> Tensor:
     return quantile.squeeze(-1).masked_fill(~mask.any(-1), 0.0)
 
 
-def _shift(sums: Tensor) -> Tensor:
-    """Inclusive prefix sums to exclusive ones, without the rounding of a subtraction."""
-    return pad(sums[:, :-1], (1, 0))
+def _budget_diagnostics(mask: Tensor, threshold: Tensor, spent: Tensor, allowed: Tensor) -> dict[str, Tensor]:
+    """How much of the budget each response spent in all, and where it first ran out, ``[B]`` each."""
+    position = positions(mask)
+    last = torch.searchsorted(position, position[:, -1:].contiguous())  # the last trainable token's column
+    exhausted = threshold.le(0).logical_and_(mask)
+    first = exhausted.view(torch.uint8).argmax(-1, keepdim=True)
+    ever = exhausted.gather(-1, first)
+    return {
+        "budget_spent": spent / allowed.gather(-1, last).squeeze(-1),
+        "budget_exhausted": ever.squeeze(-1),
+        # 0-based position among trainable tokens; -1 when the budget lasts
+        "first_exhausted": position.gather(-1, first).masked_fill_(~ever, -1).long().squeeze(-1),
+    }
+
+
+def _prefix_sums(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Inclusive and exclusive prefix sums ``[B, T]``: the same numbers, one column apart."""
+    sums = values.new_zeros(values.shape[0], values.shape[1] + 1)
+    torch.cumsum(values, -1, out=sums[:, 1:])
+    return sums[:, 1:], sums[:, :-1]

@@ -43,6 +43,10 @@ class PPOClip(TrustRegion):
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ConfigError(f"PPOClip.dual_clip must be above 1 (usual: 3) or null, got {self.dual_clip}")
 
+    @property
+    def recomputable(self) -> bool:
+        return True
+
     def __call__(self, stats: TokenStats) -> Gate:
         ratio, advantages, mask = stats.ratio, stats.advantages, stats.mask
         clipped_high = mask & (advantages > 0) & (ratio > 1 + self.eps_high)

@@ -1,0 +1,61 @@
+"""Several trust regions at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cppo_lightning.batch import Gate
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.trust_regions.base import TrustRegion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cppo_lightning.batch import TokenStats
+
+
+@dataclass(frozen=True)
+class Intersection(TrustRegion):
+    """Keeps the tokens that all of its trust regions keep, at the weight that the first one gives them.
+
+    The others only drop, so among trust regions that weight kept tokens by rho (PPOClip, DPPO, TRM, CPPO) the order does not
+    matter; put one that changes the weight (CISPO, MinPRO, GSPO, SAPO) first.  With two ``TRM`` it is TRM's Max & Avg
+    (arXiv 2512.23075).  Where two give a diagnostic of one name the first one's stands, but ``rejected`` is true where any is.
+
+    Args:
+        trust_regions: at least one.
+
+    Raises:
+        ConfigError: none given.
+    """
+
+    trust_regions: list[TrustRegion]
+
+    def __post_init__(self) -> None:
+        if not self.trust_regions:
+            raise ConfigError("Intersection.trust_regions must hold at least one trust region, got []")
+
+    @property
+    def top_k(self) -> int:
+        return max(region.top_k for region in self.trust_regions)
+
+    @property
+    def recomputable(self) -> bool:
+        return all(region.recomputable for region in self.trust_regions)
+
+    def __call__(self, stats: TokenStats) -> Gate:
+        first, *others = (region(stats) for region in self.trust_regions)
+        keep = first.keep
+        diagnostics: dict[str, Tensor] = dict(first.diagnostics)
+        for gate in others:
+            keep = keep & gate.keep
+            # "surrogate" is the value of that region's own objective, which is not this one's
+            added = {name: value for name, value in gate.diagnostics.items() if name != "surrogate"}
+            if "rejected" in added and "rejected" in diagnostics:
+                added["rejected"] = added["rejected"] | diagnostics.pop("rejected")
+            diagnostics = added | diagnostics
+        dropped = first.keep & ~keep
+        if "surrogate" in diagnostics:
+            diagnostics["surrogate"] = diagnostics["surrogate"].masked_fill(dropped, 0.0)
+        return Gate(weight=first.weight.masked_fill(dropped, 0.0), keep=keep, diagnostics=diagnostics)
