@@ -138,17 +138,6 @@ def test_shipped_configs_parse(name: str, capsys: pytest.CaptureFixture[str], mo
     assert printed["model"]["trust_region"]["class_path"].startswith("cppo_lightning.trust_regions.")
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "trust_region").glob("*.yaml")))
-def test_trust_region_configs_parse_over_base(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", f"{CONFIGS}/base.yaml", "--config", f"{CONFIGS}/trust_region/{name}.yaml", "--print_config"])
-    assert end.value.code in (0, None)
-    chosen = yaml.safe_load(capsys.readouterr().out)["model"]["trust_region"]
-    given = yaml.safe_load((CONFIGS / "trust_region" / f"{name}.yaml").read_text())["model"]["trust_region"]
-    assert chosen["class_path"] == given["class_path"]
-    assert {k: chosen["init_args"][k] for k in given["init_args"]} == given["init_args"]
-
-
 def test_the_two_quickstarts_differ_in_the_engine_alone() -> None:
     embedded, vllm = (yaml.safe_load((CONFIGS / f"{n}.yaml").read_text()) for n in ("quickstart", "quickstart_vllm"))
     for config in (embedded, vllm):

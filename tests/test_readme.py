@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import yaml
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cppo_lightning import trust_regions
 from cppo_lightning.cli import main
 from tests import user_folder
 
@@ -213,10 +215,21 @@ def test_metrics_table(folder: Path) -> None:
 
 def table_tags() -> list[str]:
     """First column of the table, as written there; ``<...>`` stands for a name."""
-    rows = re.findall(r"^\| (.*?) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (.*?) \|", README.partition("## What is measured")[2], re.MULTILINE)
     tags = [tag for row in rows for tag in re.findall(r"`([^`]+)`", row)]
     assert len(tags) > 30
     return tags
+
+
+def test_trust_region_table() -> None:
+    """Every class and every config of a trust region is in the table, and nothing else is."""
+    rows = re.findall(r"^\| (`[A-Z].*?) \|.*\| (.*?) \|$", README.partition("## What is measured")[0], re.MULTILINE)
+    classes = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert classes == set(trust_regions.__all__) - {"TrustRegion"}
+    patterns = [name for row in rows for name in re.findall(r"`([\w*]+)`", row[1])]
+    there = {file.stem for file in (REPOSITORY / "configs" / "trust_region").glob("*.yaml")}
+    assert {name for name in there if any(fnmatch(name, pattern) for pattern in patterns)} == there
+    assert [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in there)] == []
 
 
 def test_links_and_pictures_exist() -> None:
