@@ -25,7 +25,7 @@ from cppo_lightning.rollout import (
     Sampling,
     check_problems,
 )
-from cppo_lightning.rollout.shaping import OverlongPenalty
+from cppo_lightning.verifiers.overlong import Overlong
 from cppo_lightning.rollout.stream import refilled
 from cppo_lightning.verifiers import Verifier, VerifierPool
 
@@ -104,7 +104,7 @@ class RolloutDataModule(LightningDataModule):
         sampling: Sampling = Sampling(),
         template: PromptTemplate = PromptTemplate(),
         advantages: AdvantageEstimator = GroupRelative(),
-        overlong: OverlongPenalty | None = None,
+        overlong: Overlong | None = None,
         evaluation: Evaluation | None = None,
         top_k: int = 0,
         seed: int = 0,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cppo_lightning.advantages import AdvantageEstimator, GroupRelative, LeaveOneOut, has_spread
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.shaping import OverlongPenalty
+from cppo_lightning.verifiers.overlong import Overlong
 from tests.worked import VECTORS
 
 ESTIMATORS = [GroupRelative(), GroupRelative(normalize_std=False), LeaveOneOut()]
@@ -67,9 +67,9 @@ def test_a_response_without_others_teaches_nothing() -> None:
 
 def test_overlong_worked_vector() -> None:
     lengths = [int(n) for n in VECTORS["overlong"]]
-    penalty = OverlongPenalty(max_tokens=20480, buffer=4096)
-    np.testing.assert_allclose(penalty(torch.tensor([lengths]))[0].numpy(), list(VECTORS["overlong"].values()), rtol=1e-6)
-    assert penalty(torch.tensor([[1, 0]])).tolist() == [[0.0, 0.0]]
+    penalty = Overlong(max_tokens=20480, buffer=4096)
+    np.testing.assert_allclose([penalty(n) for n in lengths], list(VECTORS["overlong"].values()), rtol=1e-6)
+    assert [penalty(1), penalty(0)] == [0.0, 0.0]
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -82,18 +82,18 @@ def test_overlong_equals_the_three_cases(buffer: int, rest: int, factor: float, 
             return 0.0
         return factor * ((longest - buffer) - n) / buffer if n <= longest else -factor
 
-    ours = OverlongPenalty(longest, buffer, factor)(torch.tensor([lengths]))[0]
-    np.testing.assert_allclose(ours.numpy(), [slow(n) for n in lengths], rtol=1e-5, atol=1e-6)
+    penalty = Overlong(longest, buffer, factor)
+    np.testing.assert_allclose([penalty(n) for n in lengths], [slow(n) for n in lengths], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: GroupRelative(eps=-1), r"GroupRelative\.eps must be at least 0, got -1"),
-        (lambda: OverlongPenalty(0, 1), r"OverlongPenalty\.max_tokens must be at least 1 token, got 0"),
-        (lambda: OverlongPenalty(8, 9), r"OverlongPenalty\.buffer must be between 1 and max_tokens = 8 .* got 9"),
-        (lambda: OverlongPenalty(8, 0), r"OverlongPenalty\.buffer must be between 1 .* got 0"),
-        (lambda: OverlongPenalty(8, 2, 0.0), r"OverlongPenalty\.factor must be above 0, got 0.0; .*overlong: null"),
+        (lambda: Overlong(0, 1), r"Overlong\.max_tokens must be at least 1 token, got 0"),
+        (lambda: Overlong(8, 9), r"Overlong\.buffer must be between 1 and max_tokens = 8 .* got 9"),
+        (lambda: Overlong(8, 0), r"Overlong\.buffer must be between 1 .* got 0"),
+        (lambda: Overlong(8, 2, 0.0), r"Overlong\.factor must be above 0, got 0.0; .*overlong: null"),
     ],
 )
 def test_bad_settings_are_named(build: object, message: str) -> None:

@@ -21,7 +21,7 @@ from cppo_lightning.mismatch import MismatchCorrection, RecomputedBatch, TokenMa
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import PolicyConfig
 from cppo_lightning.rollout import Completion, ReasoningGymPrompts, RolloutPlan, Sampling, TransformersEngine
-from cppo_lightning.rollout.shaping import OverlongPenalty
+from cppo_lightning.verifiers.overlong import Overlong
 from cppo_lightning.trust_regions import CPPO, PPOClip, TrustRegion
 from cppo_lightning.verifiers import Format
 
@@ -411,6 +411,6 @@ def test_refills_fill_the_minibatches_and_a_run_with_them_resumes(tiny_model_pat
 
 def test_a_penalty_that_no_response_can_reach_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.overlong\.max_tokens = 9 is more than data\.sampling\.max_tokens = 8"):
-        make_data(tiny_model_path, overlong=OverlongPenalty(9, 2))
-    trainer, _ = fit(tmp_path, make_module(tiny_model_path), make_data(tiny_model_path, overlong=OverlongPenalty(8, 2)))
+        make_data(tiny_model_path, overlong=Overlong(9, 2))
+    trainer, _ = fit(tmp_path, make_module(tiny_model_path), make_data(tiny_model_path, overlong=Overlong(8, 2)))
     assert trainer.global_step == 6

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.rollout.prompts import DatasetPrompts, PromptTemplate, ReasoningGymPrompts, check_problems
-from cppo_lightning.verifiers import MathAnswer, Problem, ReasoningGymVerifier
+from cppo_lightning.verifiers import MathAnswer, Problem, ReasoningGym
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared" / "data"
@@ -196,7 +196,7 @@ def test_reasoning_gym_split_is_disjoint_complete_and_repeatable() -> None:
     assert 0.1 * len(questions) < len(heldout) < 0.4 * len(questions)
     assert load("train", seed=1) == train
     assert {p.id for p in load("train", seed=9, size=50)} <= {p.id for p in train}
-    check_problems(train + heldout, ReasoningGymVerifier())
+    check_problems(train + heldout, ReasoningGym())
     code = (
         "from cppo_lightning.rollout.prompts import ReasoningGymPrompts as R\n"
         f"print([p.id for p in R('basic_arithmetic', 1500, 2, {ONE_DIGIT_SUMS}, heldout_share=0.25, split='heldout').load()])"

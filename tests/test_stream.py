@@ -13,7 +13,7 @@ from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout.collate import collate
 from cppo_lightning.rollout.engine import Completion, Sampling
 from cppo_lightning.rollout.sampler import Rollout, Sample
-from cppo_lightning.rollout.shaping import OverlongPenalty
+from cppo_lightning.verifiers.overlong import Overlong
 from cppo_lightning.rollout.stream import PromptOrder, RolloutPlan, RolloutStream, refilled
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
 
@@ -70,7 +70,7 @@ def test_too_few_groups_leave_empty_minibatches() -> None:
 def test_long_responses_lose_reward_before_the_advantages_are_computed() -> None:
     """Lengths are 1, 2, 3 | 2, 3, 4 | 3, 4, 1; from 2 tokens on each costs half a reward, from 4 on all of it."""
     rollout = make_rollout([[1, 0, 1], [0, 0, 0], [1, 1, 0]])
-    stream = RolloutStream(lambda: rollout, GroupRelative(normalize_std=False), 1, 0, 0, OverlongPenalty(4, 2))
+    stream = RolloutStream(lambda: rollout, GroupRelative(normalize_std=False), 1, 0, 0, Overlong(4, 2))
     (batch,) = stream
     assert batch.response_mask.sum(-1).tolist() == [1, 2, 3, 3, 4, 1]
     shaped = torch.tensor([[1.0, 0.0, 0.5], [0.5, 0.0, 0.0]])

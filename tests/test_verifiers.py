@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.verifiers import MathAnswer, Outcome, Problem, ReasoningGymVerifier, VerifierPool
+from cppo_lightning.verifiers import MathAnswer, Outcome, Problem, ReasoningGym, VerifierPool
 from cppo_lightning.verifiers.normalise import last_boxed, read_number
-from cppo_lightning.verifiers.reasoning_gym_scorer import EVALUATES_ANSWERS
+from cppo_lightning.verifiers.reasoning_gym import EVALUATES_ANSWERS
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -362,7 +362,7 @@ def task_problem(name: str, **params: object) -> Problem:
 
 
 def test_reasoning_gym_scores() -> None:
-    verifier, asked = ReasoningGymVerifier(), task_problem("basic_arithmetic")
+    verifier, asked = ReasoningGym(), task_problem("basic_arithmetic")
     gold = asked.answer
     for response in (
         gold,
@@ -374,7 +374,7 @@ def test_reasoning_gym_scores() -> None:
         assert verifier(asked, response).outcome is Outcome.CORRECT, response
     near = verifier(asked, f"x {gold}")
     assert (near.outcome, near.reward) == (Outcome.WRONG, 0.0)
-    partial = ReasoningGymVerifier(partial_credit=True)(asked, f"x {gold}")
+    partial = ReasoningGym(partial_credit=True)(asked, f"x {gold}")
     assert partial.outcome is Outcome.WRONG
     assert 0 < partial.reward < 1
     assert verifier(asked, "  ").outcome is Outcome.UNPARSEABLE
@@ -383,18 +383,18 @@ def test_reasoning_gym_scores() -> None:
 
 def test_reasoning_gym_check() -> None:
     asked = task_problem("basic_arithmetic")
-    ReasoningGymVerifier().check(asked)
+    ReasoningGym().check(asked)
     broken = Problem("r", (), "7", metadata={"task": "basic_arithmetic", "entry": dict(asked.metadata["entry"], answer="")})
     with pytest.raises(ValueError, match="scores its own answer ''"):
-        ReasoningGymVerifier().check(broken)
+        ReasoningGym().check(broken)
     with pytest.raises(ValueError, match="no 'task'"):
-        ReasoningGymVerifier().check(problem("7"))
+        ReasoningGym().check(problem("7"))
     with pytest.raises(ConfigError, match="'countdown' executes the answer"):
-        ReasoningGymVerifier()(Problem("r", (), "7", metadata={"task": "countdown", "entry": {}}), "7")
+        ReasoningGym()(Problem("r", (), "7", metadata={"task": "countdown", "entry": {}}), "7")
 
 
 def test_verifiers_travel_and_are_light() -> None:
-    for verifier in (MathAnswer(bare=True), ReasoningGymVerifier(partial_credit=True)):
+    for verifier in (MathAnswer(bare=True), ReasoningGym(partial_credit=True)):
         assert pickle.loads(pickle.dumps(verifier)) == verifier
     heavy = "[m for m in ('torch', 'sympy', 'reasoning_gym', 'transformers') if m in sys.modules]"
     done = subprocess.run(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.rollout.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
-from cppo_lightning.verifiers.reasoning_gym_scorer import INSTALL, refuse_evaluating
+from cppo_lightning.verifiers.reasoning_gym import INSTALL, refuse_evaluating
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cppo_lightning.rollout.sampler import Rollout
-    from cppo_lightning.rollout.shaping import OverlongPenalty
+    from cppo_lightning.verifiers.overlong import Overlong
     from cppo_lightning.verifiers.base import Problem
 
 
@@ -83,7 +83,7 @@ class RolloutStream(IterableDataset[RolloutBatch]):
         updates: int,
         top_k: int,
         pad_id: int,
-        overlong: OverlongPenalty | None = None,
+        overlong: Overlong | None = None,
         recompute: Callable[[RolloutBatch], RolloutBatch] | None = None,
     ) -> None:
         self.draw = draw
@@ -105,7 +105,7 @@ class RolloutStream(IterableDataset[RolloutBatch]):
         groups, rewards = rollout.groups(), reward_table(rollout)
         kept = has_spread(rewards).nonzero().flatten()
         if self.overlong is not None:
-            rewards = rewards + self.overlong(torch.tensor([[len(s.completion.ids) for s in group] for group in groups]))
+            rewards = rewards + torch.tensor([[self.overlong(len(s.completion.ids)) for s in group] for group in groups])
         advantages = self.advantages(rewards)
         for share in kept.tensor_split(self.updates):
             rows = [(i, j) for i in share.tolist() for j in range(rollout.n)]

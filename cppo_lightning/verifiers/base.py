@@ -14,7 +14,8 @@ class Problem:
     """One row of a prompt source.
 
     ``messages`` are chat turns (``{"role": ..., "content": ...}``); a plain problem is one user turn.
-    ``metadata`` is what the row's verifier needs beyond the answer (a reasoning-gym entry, for example).
+    ``source`` is where the row stands (file and line), for messages; ``dataset`` the name of the set it belongs to, where
+    there are several.  ``metadata`` is what the row's verifier needs beyond the answer (a reasoning-gym entry, for example).
     """
 
     id: str
@@ -22,6 +23,7 @@ class Problem:
     answer: str
     source: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    dataset: str = ""
 
 
 class Outcome(StrEnum):
@@ -38,6 +40,7 @@ class Verdict:
     reward: float
     extracted: str | None = None  # the answer as it was read from the response
     detail: str = ""  # what went wrong, for TIMED_OUT and FAILED
+    parts: Mapping[str, float] = field(default_factory=dict)  # the rewards that a sum is made of, by name
 
 
 class Verifier(ABC):

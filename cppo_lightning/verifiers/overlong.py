@@ -1,18 +1,14 @@
-"""What is added to the verifier's rewards before advantages are computed."""
+"""A penalty on long responses, added to the verifier's reward before advantages are computed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cppo_lightning.errors import ConfigError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @dataclass(frozen=True)
-class OverlongPenalty:
+class Overlong:
     """Soft overlong punishment (DAPO, arXiv 2503.14476, Eq. 13), added to the reward of a response of n tokens::
 
         0                                              n <= max_tokens - buffer
@@ -36,16 +32,16 @@ class OverlongPenalty:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ConfigError(f"OverlongPenalty.max_tokens must be at least 1 token, got {self.max_tokens}")
+            raise ConfigError(f"Overlong.max_tokens must be at least 1 token, got {self.max_tokens}")
         if not 1 <= self.buffer <= self.max_tokens:
             raise ConfigError(
-                f"OverlongPenalty.buffer must be between 1 and max_tokens = {self.max_tokens} (usual: a fifth of it), "
+                f"Overlong.buffer must be between 1 and max_tokens = {self.max_tokens} (usual: a fifth of it), "
                 f"got {self.buffer}"
             )
         if self.factor <= 0:
-            raise ConfigError(f"OverlongPenalty.factor must be above 0, got {self.factor}; for none set data.overlong: null")
+            raise ConfigError(f"Overlong.factor must be above 0, got {self.factor}; for none set data.overlong: null")
 
-    def __call__(self, lengths: Tensor) -> Tensor:
-        """``[P, G]`` int64 response lengths in tokens to ``[P, G]`` float32 penalties, between ``-factor`` and 0."""
-        excess = (lengths - (self.max_tokens - self.buffer)) / self.buffer
-        return excess.clamp(0, 1) * -self.factor
+    def __call__(self, length: int) -> float:
+        """Penalty of a response of ``length`` tokens, between ``-factor`` and 0."""
+        excess = (length - (self.max_tokens - self.buffer)) / self.buffer
+        return -self.factor * min(max(excess, 0.0), 1.0)

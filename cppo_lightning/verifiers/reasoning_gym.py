@@ -38,7 +38,7 @@ def refuse_evaluating(task: str) -> None:
 
 
 @dataclass(frozen=True)
-class ReasoningGymVerifier(Verifier):
+class ReasoningGym(Verifier):
     """Scores the response with reasoning-gym's own scorer of the problem's task.
 
     The answer is the last ``<answer>...</answer>`` of the response, else the last match of ``pattern``, without a thinking
@@ -60,7 +60,7 @@ class ReasoningGymVerifier(Verifier):
         try:
             re.compile(self.pattern or "")
         except re.error as error:
-            raise ConfigError(f"ReasoningGymVerifier.pattern {self.pattern!r} is not a regular expression: {error}") from error
+            raise ConfigError(f"ReasoningGym.pattern {self.pattern!r} is not a regular expression: {error}") from error
 
     def prepare(self) -> None:
         """Import reasoning-gym, so that no answer's time goes into it."""
