@@ -25,9 +25,9 @@ from cppo_lightning.rollout import (
     Sampling,
     check_problems,
 )
-from cppo_lightning.verifiers.overlong import Overlong
 from cppo_lightning.rollout.stream import refilled
 from cppo_lightning.verifiers import Verifier, VerifierPool
+from cppo_lightning.verifiers.overlong import Overlong
 
 if TYPE_CHECKING:
     import torch

@@ -21,9 +21,9 @@ from cppo_lightning.mismatch import MismatchCorrection, RecomputedBatch, TokenMa
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import PolicyConfig
 from cppo_lightning.rollout import Completion, ReasoningGymPrompts, RolloutPlan, Sampling, TransformersEngine
-from cppo_lightning.verifiers.overlong import Overlong
 from cppo_lightning.trust_regions import CPPO, PPOClip, TrustRegion
 from cppo_lightning.verifiers import Format
+from cppo_lightning.verifiers.overlong import Overlong
 
 SUMS = {"operators": ["+"], "allow_parentheses": False, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 HALF_THE_TIME = Format("[a-m]")  # of a random model's eight bytes

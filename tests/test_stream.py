@@ -13,9 +13,9 @@ from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout.collate import collate
 from cppo_lightning.rollout.engine import Completion, Sampling
 from cppo_lightning.rollout.sampler import Rollout, Sample
-from cppo_lightning.verifiers.overlong import Overlong
 from cppo_lightning.rollout.stream import PromptOrder, RolloutPlan, RolloutStream, refilled
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
+from cppo_lightning.verifiers.overlong import Overlong
 
 
 def make_sample(problem: int, reward: float, length: int, k: int = 2) -> Sample:

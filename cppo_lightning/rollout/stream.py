@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cppo_lightning.rollout.sampler import Rollout
-    from cppo_lightning.verifiers.overlong import Overlong
     from cppo_lightning.verifiers.base import Problem
+    from cppo_lightning.verifiers.overlong import Overlong
 
 
 @dataclass(frozen=True)
