@@ -1,20 +1,25 @@
-"""Prompt sources and templates: what is loaded, what is refused and where, and the exact tokens that the model sees."""
+"""Prompt sources: the layouts that are read, and what is made of each."""
 
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.prompts import DatasetPrompts, PromptTemplate, ReasoningGymPrompts, check_problems
-from cppo_lightning.verifiers import MathAnswer, Problem, ReasoningGym
+from cppo_lightning.rollout.prompts import (
+    BadRows,
+    DatasetPrompts,
+    LoadCounts,
+    ReasoningGymPrompts,
+    bare_question,
+    check_problems,
+)
+from cppo_lightning.verifiers import MathAnswer, Problem, ReasoningGym, VerifierPool
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared" / "data"
@@ -26,7 +31,19 @@ ONE_DIGIT_SUMS = {
     "min_digits": 1,
     "max_digits": 1,
 }
-GOOD = {"id": "a", "problem": "1 + 1 = ?", "answer": "2"}
+
+
+def shared(name: str) -> Path:
+    path = DATA / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not here")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifierPool]:
+    with VerifierPool(MathAnswer()) as pool:
+        yield pool
 
 
 def write(path: Path, *rows: object) -> str:
@@ -40,7 +57,7 @@ def write(path: Path, *rows: object) -> str:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_formats_give_the_same_problems(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [GOOD, {"id": "b", "problem": "2 + 3 = ?", "answer": "5"}]
+    rows = [{"id": "a", "problem": "1 + 1 = ?", "answer": "2"}, {"id": "b", "problem": "2 + 3 = ?", "answer": "5"}]
     path = tmp_path / f"sums.{suffix}"
     if suffix == "parquet":
         import pyarrow
@@ -57,126 +74,158 @@ def test_formats_give_the_same_problems(tmp_path: Path, suffix: str, monkeypatch
     assert problems[1].source == (f"{path}:2" if suffix == "jsonl" else f"{path}, row 2")
 
 
+def test_a_folder_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "sums"
+    folder.mkdir()
+    for split, count in (("train", 3), ("test", 2)):
+        write(folder / f"{split}.jsonl", *({"problem": f"{split} {i}?", "answer": str(i)} for i in range(count)))
+    problems = DatasetPrompts(str(folder), split="test").load()
+    assert [(p.id, p.messages[0]["content"]) for p in problems] == [("sums-1", "test 0?"), ("sums-2", "test 1?")]
+    assert problems[1].source == f"{folder}, row 2"
+    assert len(DatasetPrompts(str(folder)).load()) == 3
+    with pytest.raises(ConfigError, match=r"cannot load .*sums.*validation"):
+        DatasetPrompts(str(folder), split="validation").load()
+
+
 def test_columns_limit_and_number_answers(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", *({"question": f"{i} + 1?", "result": i + 1} for i in range(5)))
     problems = DatasetPrompts(path, problem_key="question", answer_key="result", limit=3).load()
     assert [(p.id, p.answer) for p in problems] == [("q-1", "1"), ("q-2", "2"), ("q-3", "3")]
 
 
-def test_gsm8k_layout(tmp_path: Path) -> None:
-    path = write(tmp_path / "g.jsonl", {"question": "?", "answer": "He has 2 * 3 = <<2*3=6>>6 apples.\n#### 1,006"})
-    assert DatasetPrompts(path, problem_key="question").load()[0].answer == "1,006"
-
-
-def test_dapo_layout(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        problems = DatasetPrompts(str(HERE / "data" / "dapo_layout.jsonl")).load()
-    assert [(p.id, p.answer) for p in problems] == [("made-1", "51"), ("made-2", "1024"), ("made-4", "-5")]
-    assert problems[0].messages[0]["role"] == "user"
-    assert "What is 17 times 3?" in problems[0].messages[0]["content"]
-    assert "7 rows, 4 distinct prompts; dropped 3 repeated rows and 1 prompts with conflicting answers" in caplog.text
-
-
 @pytest.mark.parametrize(
-    ("name", "rows"), [("dapo_schema_sample", 49), ("dapo_schema_aime2024", 30), ("aime2025", 30), ("math500", 500)]
-)
-def test_real_data(name: str, rows: int) -> None:
-    path = DATA / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not here")
-    problems = DatasetPrompts(str(path)).load()
-    assert len({p.id for p in problems}) == len(problems) == rows
-    check_problems(problems, MathAnswer())
-
-
-BAD_ROWS = [
-    ({"id": "b", "answer": "2"}, "no problem: 'problem' must be a text, got columns"),
-    ({"id": "b", "problem": "  ", "answer": "2"}, "no problem: 'problem' must be a text, got '  '"),
-    ({"id": "b", "problem": 7, "answer": "2"}, "no problem: 'problem' must be a text, got 7"),
-    ({"id": "b", "problem": "?"}, "no answer: 'answer' must be a text or number, got columns"),
-    ({"id": "b", "problem": "?", "answer": ""}, "no answer"),
-    ({"id": "b", "problem": "?", "answer": None}, "no answer: 'answer' must be a text or number, got None"),
-    ({"id": "b", "problem": "?", "answer": True}, "no answer"),
-    ({"id": "b", "problem": "?", "answer": ["2"]}, r"no answer: 'answer' must be a text or number, got \['2'\]"),
-    ('{"problem": "?", "answer": NaN}', "no answer"),
-    ({"id": 1.5, "problem": "?", "answer": "2"}, "the id 'id' must be a text or an integer, got 1.5"),
-    ({"id": "a", "problem": "?", "answer": "2"}, "the id 'a' was used before, at .*bad.jsonl:2"),
-    ('{"problem": "?", "answer": "2"', "not valid JSON: Expecting ',' delimiter"),
-    ("[1, 2]", "must be a JSON object, got list"),
-    ("[" * 100_000, "nested too deep|not valid JSON"),
-    ({"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "2"}}, "'prompt' must be a list of messages"),
-    ({"prompt": [], "reward_model": {"ground_truth": "2"}}, "last message of 'prompt' must be a text"),
-    (
-        {"prompt": [{"role": "user", "content": "?"}], "reward_model": None},
-        "'reward_model.ground_truth' must be a text or number",
-    ),
-]
-
-
-@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
-def test_bad_rows_are_named_by_line(tmp_path: Path, row: object, message: str) -> None:
-    """The bad row is on line 5; an empty line comes first and another before it."""
-    path = write(tmp_path / "bad.jsonl", "", GOOD, GOOD | {"id": "c"}, "", row)
-    with pytest.raises(ConfigError, match=rf"bad\.jsonl:5: (?s:.)*{message}"):
-        DatasetPrompts(path).load()
-
-
-def test_bad_bytes_are_named_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"problem": "caf\xe9", "answer": "2"}\n')
-    with pytest.raises(ConfigError, match=r"latin\.jsonl:2: not UTF-8"):
-        DatasetPrompts(str(path)).load()
-
-
-def test_bad_parquet_row_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [GOOD, GOOD | {"id": "b", "answer": None}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "bad.parquet")
-    with pytest.raises(ConfigError, match=r"bad\.parquet, row 2: no answer"):
-        DatasetPrompts(str(tmp_path / "bad.parquet")).load()
-    (tmp_path / "text.parquet").write_text("this is no parquet file")
-    with pytest.raises(ConfigError, match=r"cannot load '.*text\.parquet'"):
-        DatasetPrompts(str(tmp_path / "text.parquet")).load()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("written", "answer"),
     [
-        ("none.jsonl", None, r"there is no file .*none\.jsonl"),
-        ("empty.jsonl", "", r"empty\.jsonl has no problems"),
-        ("blank.jsonl", "\n\n", r"blank\.jsonl has no problems"),
-        ("list.json", "[]", r"list\.json has no problems"),
-        ("object.json", "{}", r"must be a JSON list of objects, got dict"),
-        ("items.json", '[{"problem": "?", "answer": "1"}, 3]', r"items\.json, row 2: must be a JSON object, got int"),
-        ("table.csv", "a,b", r"must end in one of \.jsonl, \.json, \.parquet"),
+        ("He has 2 * 3 = <<2*3=6>>6 apples.\n#### 1,006", "1,006"),  # openai/gsm8k
+        ("####-5", "-5"),
+        ("#### 3 first\n#### 4", "4"),
+        ("a #### in a line", "a #### in a line"),
+        (r"\boxed{204}", "204"),  # math-ai/aime24
+        (r"So $x=\boxed{3}$, whence the sum is $\boxed{\frac{1}{\sqrt{2}}}$.", r"\frac{1}{\sqrt{2}}"),  # MATH
+        (r"Thus there are \[\boxed{\left\{1, \{2\}\right\}}\] of them.", r"\left\{1, \{2\}\right\}"),
+        (r"The answer is $\boxed 7$, as claimed.", "7"),
+        (r" \frac{1}{2} ", r"\frac{1}{2}"),
+        (17, "17"),
+        (0.5, "0.5"),
     ],
 )
-def test_bad_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        DatasetPrompts(str(tmp_path / name)).load()
+def test_only_the_answer_proper_is_taken(tmp_path: Path, written: object, answer: str) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "?", "solution": written})
+    (problem,) = DatasetPrompts(path, answer_key="solution").load()
+    assert problem.answer == answer
 
 
-def test_bad_dataset_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for settings, message in [({"path": ""}, "path is empty"), ({"path": "a.jsonl", "limit": 0}, "limit must be at least 1")]:
-        with pytest.raises(ConfigError, match=message):
-            DatasetPrompts(**settings)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="cannot load 'nobody/nothing'"):
-        DatasetPrompts("nobody/nothing").load()
+def test_a_problem_may_be_a_list_of_messages(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    path = write(tmp_path / "m.jsonl", {"prompt": turns, "label": "2"})
+    (problem,) = DatasetPrompts(path, problem_key="prompt", answer_key="label").load()
+    assert (list(problem.messages), problem.answer) == (turns, "2")
 
 
-def test_answers_that_cannot_be_judged_stop_the_run(tmp_path: Path) -> None:
-    rows = [GOOD, GOOD | {"id": "b", "answer": r"\frac{1}{2"}, GOOD | {"id": "c", "answer": "}"}]
-    problems = DatasetPrompts(write(tmp_path / "odd.jsonl", *rows)).load()
-    with pytest.raises(ConfigError, match=r"problem 'b' \(.*odd\.jsonl:2\) cannot be judged by MathAnswer: .*braces.*2 of 3"):
-        check_problems(problems, MathAnswer())
-    check_problems(problems[:1], MathAnswer())
+# --- DAPO-Math ---------------------------------------------------------------------------------------------------------------
+
+
+HEADER = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n"
+)
+BOXED_HEADER = HEADER.replace("$Answer (without quotes)", r"\boxed{$Answer}")
+FOOTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+
+def dapo_row(question: str, answer: object, index: str, header: str = HEADER, footer: str = FOOTER) -> dict[str, object]:
+    return {
+        "prompt": [{"role": "user", "content": header + question + footer}],
+        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": index},
+    }
+
+
+def test_dapo_layout() -> None:
+    rows = BadRows()
+    problems = DatasetPrompts(str(HERE / "data" / "dapo_layout.jsonl")).load(rows)
+    assert [(p.id, p.answer) for p in problems] == [("made-1", "51"), ("made-2", "1024"), ("made-4", "-5")]
+    assert problems[0].messages[0]["role"] == "user"
+    assert problems[0].messages[0]["content"].startswith("Solve the following")
+    assert rows.counts == LoadCounts(rows=7, repeated=3, conflicting=1)
+    plain = DatasetPrompts(str(HERE / "data" / "dapo_layout.jsonl"), strip_instructions=True).load()
+    assert [p.messages[0]["content"] for p in plain] == [
+        "What is 17 times 3?",
+        "What is 2 to the power of 10?",
+        "What is 4 minus 9?",
+    ]
+
+
+def test_one_question_in_two_dresses_is_one_problem(tmp_path: Path) -> None:
+    rows = [
+        dapo_row("1 + 1?", "2", "a"),
+        dapo_row("1 + 1?", "2", "b", BOXED_HEADER),
+        dapo_row("2 + 2?", "4", "c", header=""),
+        dapo_row("2 + 2?", "5", "d"),
+        dapo_row("1 + 2?", "3", "e"),
+    ]
+    path, counts = write(tmp_path / "dapo.jsonl", *rows), BadRows()
+    assert [p.id for p in DatasetPrompts(path).load(counts)] == ["a", "e"]
+    assert counts.counts == LoadCounts(rows=5, repeated=2, conflicting=1)
+    assert [p.id for p in DatasetPrompts(path, limit=1).load()] == ["a"]
+
+
+@pytest.mark.parametrize("question", ["What is $\\boxed{x}$ if\n\n$x = 2$?", "Solve for $x$: Answer: $x$.", "步骤。求 $x$"])
+@pytest.mark.parametrize(
+    ("header", "footer"),
+    [
+        (HEADER, FOOTER),
+        (BOXED_HEADER, FOOTER),
+        (HEADER.replace("$Answer", "$ANSWER"), FOOTER[:-1] + ", and you do not need to use a \\boxed command."),
+        (BOXED_HEADER.replace(" where", ", where"), FOOTER.replace('after "Answer:"', r'as "Answer: \boxed{...}"')),
+        ("Solve the following math problem step by step.\n\n", FOOTER + "\n"),
+        ("", "\nPlease reason step by step, and put your final answer within \\boxed{}."),
+        ("", " Let's think step by step and output the final answer within \\boxed{}."),
+        ("", "\n\nPlease output the final answer within \\boxed{}."),
+        ("", ""),
+    ],
+)
+def test_header_and_footer_come_off_and_nothing_else(header: str, footer: str, question: str) -> None:
+    assert bare_question(header + question + footer) == question
+    assert bare_question(question) == question
+
+
+@pytest.mark.parametrize("name", ["dapo_schema_sample", "dapo_schema_aime2024"])
+def test_real_questions_are_bared(name: str) -> None:
+    """``raw_problem``, where a row has it, is the question without header and footer."""
+    path = shared(name)
+    stripped = DatasetPrompts(str(path), strip_instructions=True).load()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for problem, row in zip(stripped, rows, strict=True):
+        (turn,) = problem.messages
+        written = row["prompt"][0]["content"]
+        assert HEADER + turn["content"] + FOOTER == written
+        assert turn["content"] == row["extra_info"].get("raw_problem", turn["content"]).strip()
+
+
+REAL = {
+    "aime2024": 30,
+    "aime2025": 30,
+    "aime2026": 30,
+    "aime_1983_2023": 975,
+    "gsm8k_train": 7473,
+    "gsm8k_test": 1319,
+    "math_train": 7455,
+    "math500": 500,
+    "dapo_schema_sample": 49,
+    "dapo_schema_aime2024": 30,
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_data(name: str, pool: VerifierPool) -> None:
+    rows = BadRows()
+    problems = DatasetPrompts(str(shared(name))).load(rows)
+    assert len({p.id for p in problems}) == len(problems) == REAL[name]
+    assert rows.counts == LoadCounts(rows=REAL[name])
+    if len(problems) <= 50:  # tests/test_verifiers.py judges the others
+        assert check_problems(problems, pool) == problems
 
 
 # --- reasoning-gym -----------------------------------------------------------------------------------------------------------
@@ -195,6 +244,10 @@ def test_reasoning_gym_split_is_disjoint_complete_and_repeatable() -> None:
     assert set(questions) == {p.messages[0]["content"] for p in everything}
     assert 0.1 * len(questions) < len(heldout) < 0.4 * len(questions)
     assert load("train", seed=1) == train
+    rows = BadRows()
+    ReasoningGymPrompts("basic_arithmetic", 1500, 1, ONE_DIGIT_SUMS, heldout_share=0.25).load(rows)
+    assert rows.repeated > 0
+    assert rows.counts == LoadCounts(rows=len(train) + rows.repeated, repeated=rows.repeated)
     assert {p.id for p in load("train", seed=9, size=50)} <= {p.id for p in train}
     check_problems(train + heldout, ReasoningGym())
     code = (
@@ -234,93 +287,3 @@ def test_without_reasoning_gym_the_command_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"pip install 'cppo-lightning\[tasks\]'"):
         ReasoningGymPrompts("basic_arithmetic").load()
-
-
-# --- templates ---------------------------------------------------------------------------------------------------------------
-
-
-def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token per byte, and <s>, </s>."""
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<s>": 256, "</s>": 257}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
-
-
-CHAT = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}{% if quick is defined %}quick={{ quick }}{% endif %}"
-)
-ASKED = Problem("p", ({"role": "system", "content": "Old."}, {"role": "user", "content": "What is {{ 1 + 1 }}?"}), "2", "here")
-
-
-def test_chat_template_gives_exact_tokens() -> None:
-    """The problem's own braces stay text; the system turn is replaced; the user turn is dressed."""
-    tokenizer = byte_tokenizer(CHAT)
-    template = PromptTemplate(system="New.", text="{{ problem }} Only\nthe number.\n", chat_template_kwargs={"quick": "yes"})
-    ids = template.encode(tokenizer, ASKED)
-    assert tokenizer.decode(ids) == (
-        "<s>system\nNew.</s><s>user\nWhat is {{ 1 + 1 }}? Only\nthe number.\n</s><s>assistant\nquick=yes"
-    )
-    assert isinstance(ids, list)
-    assert all(type(i) is int for i in ids)
-    kept = tokenizer.decode(PromptTemplate().encode(tokenizer, ASKED))
-    assert kept == "<s>system\nOld.</s><s>user\nWhat is {{ 1 + 1 }}?</s><s>assistant\n"
-
-
-def test_plain_prompt_for_base_models() -> None:
-    tokenizer = byte_tokenizer()
-    plain = PromptTemplate(chat=False, text="Question: {{ problem }}\nAnswer:")
-    assert tokenizer.decode(plain.encode(tokenizer, ASKED)) == "Old.\n\nQuestion: What is {{ 1 + 1 }}?\nAnswer:"
-
-
-def test_a_closing_token_is_taken_off_a_plain_prompt() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
-    )
-    ids = PromptTemplate(chat=False).encode(tokenizer, Problem("p", ({"role": "user", "content": "Hi"},), "2"))
-    assert tokenizer.decode(ids) == "<s>Hi"
-
-
-def test_chat_of_the_small_model(tiny_model_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    problem = Problem("p", ({"role": "user", "content": "What is 1 + 1?"},), "2")
-    ids = PromptTemplate().encode(tokenizer, problem)
-    written = tokenizer.apply_chat_template(list(problem.messages), tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(ids) == written
-    assert "What is 1 + 1?" in written
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"text": "{{ problem"}, "not valid Jinja"),
-        ({"text": "no variable"}, "must use the variable 'problem' and no other, uses \\[\\]"),
-        ({"text": "{{ problem }} {{ answer }}"}, "uses \\['answer', 'problem'\\]"),
-        ({"chat_template_kwargs": {"tokenize": False}}, "must not set \\['tokenize'\\]"),
-    ],
-)
-def test_bad_templates(settings: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        PromptTemplate(**settings)
-
-
-def test_templates_that_do_not_fit_the_tokenizer_or_problem() -> None:
-    with pytest.raises(ConfigError, match=r"has no chat template.*set template.chat: false"):
-        PromptTemplate().encode(byte_tokenizer(), ASKED)
-    strict = byte_tokenizer("{{ raise_exception('no system turn, please') }}")
-    with pytest.raises(ConfigError, match=r"refuses problem 'p' with roles \['system', 'user'\]: no system turn, please"):
-        PromptTemplate().encode(strict, ASKED)
-    with pytest.raises(ConfigError, match="last message must have the role 'user'"):
-        PromptTemplate().encode(byte_tokenizer(CHAT), Problem("p", ({"role": "assistant", "content": "x"},), "2"))
-
-
-@pytest.mark.parametrize("attack", ["{{ problem.__class__.__mro__ }}", "{{ problem.__init__.__globals__ }}"])
-def test_templates_are_sandboxed(attack: str) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be applied to problem 'p'.*unsafe"):
-        PromptTemplate(text=attack).encode(byte_tokenizer(CHAT), ASKED)

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.rollout.bad_rows import BadRowError, BadRows
+from cppo_lightning.rollout.dapo import DAPO_KEYS, bare_question, dapo_columns, is_dapo
+from cppo_lightning.rollout.data_rows import columns, raw_rows
 from cppo_lightning.rollout.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
+from cppo_lightning.verifiers.normalise import last_boxed
 
-_LOG = logging.getLogger(__name__)
-_FILES = (".jsonl", ".json", ".parquet")
-
-Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns
+_GSM8K_MARK = re.compile(r"(?:\A|\n)#### ?")
+_BOX_WITHOUT_BRACES = re.compile(r"\\boxed\s+([^\s${}\\]+)")
 
 
 @dataclass(frozen=True)
 class DatasetPrompts(PromptSource):
-    """Rows of a local ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file, of a local folder, or of a hub data set.
+    r"""Rows of a local ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file, of a local folder, or of a hub data set.
+
+    A problem is a text or a list of chat messages.  Its answer is a number or a text, of which only the answer proper is taken:
+    what follows ``####`` (GSM8K), else the last ``\boxed{...}`` (the ``solution`` of MATH and of ``math-ai/aime24``), else all.
 
     Rows in the layout of DAPO-Math (``prompt`` a list of messages, ``reward_model.ground_truth``, ``extra_info.index``) are
-    recognised; there, repeated rows are dropped, and so are prompts with conflicting answers.  Of an answer in GSM8K's layout
-    (``... #### 42``) only what follows the mark is taken.
+    recognised whatever the keys say; of these, rows with the same question are one problem, and a question with conflicting
+    answers is none.
 
     Args:
         path: a file, a folder or a hub id such as ``openai/gsm8k``.
-        split: split of a folder or hub data set.
+        split: split of a folder or hub data set; a file has none.
         name: configuration of a hub data set, where it has several.
-        problem_key: column of the problem's text.
-        answer_key: column of the answer.
+        problem_key: column of the problem.
+        answer_key: column of the answer, or of a solution that ends in it.
         id_key: column of the id; rows without it are numbered.
+        strip_instructions: take off what DAPO-Math writes around a question, so that the template alone says how to answer.
         limit: keep only the first so many problems.
     """
 
@@ -44,6 +48,7 @@ class DatasetPrompts(PromptSource):
     problem_key: str = "problem"
     answer_key: str = "answer"
     id_key: str = "id"
+    strip_instructions: bool = False
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,171 +57,106 @@ class DatasetPrompts(PromptSource):
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"DatasetPrompts.limit must be at least 1 or null, got {self.limit}")
 
-    def load(self) -> list[Problem]:
+    def load(self, bad_rows: BadRows | None = None) -> list[Problem]:
         """The problems in the order of the rows.
 
         Raises:
-            ConfigError: no such file or data set, no rows, or a row that is no problem, named by file and line (or row).
+            ConfigError: no such file or data set, no row that is a problem, or (strict) a row that is none, by file and line.
         """
-        problems: list[Problem] = []
-        dapo = _DapoRows(self.path)
-        for number, (place, row) in enumerate(self._rows(), start=1):
-            if _is_dapo(row):
-                dapo.add(_dapo_problem(row, place, f"{Path(self.path).stem}-{number}"))
-            else:
-                problems.append(self._problem(row, place, number))
-            if self.limit is not None and len(problems) == self.limit:
-                break
-        problems += dapo.problems()
+        counts = BadRows() if bad_rows is None else bad_rows
+        own_keys = (self.problem_key, self.answer_key, self.id_key)
+        distinct = _Distinct(counts)
+        for number, (place, raw) in enumerate(raw_rows(self.path, self.split, self.name), start=1):
+            with counts.row():
+                row = columns(raw, place)
+                if is_dapo(row):
+                    problem = self._problem(dapo_columns(row), DAPO_KEYS, place, number)
+                    distinct.add(problem, tuple((m["role"], bare_question(m["content"])) for m in problem.messages))
+                else:
+                    distinct.add(self._problem(row, own_keys, place, number), number)
+                    if len(distinct.kept) == self.limit:
+                        break
+        problems = distinct.problems()
         if not problems:
-            raise ConfigError(f"DatasetPrompts.path: {self.path} has no problems")
-        seen: dict[str, str] = {}
-        for problem in problems:
-            if problem.id in seen:
-                raise ConfigError(
-                    f"{problem.source}: the id {problem.id!r} was used before, at {seen[problem.id]}; ids must be unique"
-                )
-            seen[problem.id] = problem.source
+            why = f": {counts.summary()}" if counts.reasons else ""
+            raise ConfigError(f"DatasetPrompts.path: {self.path} has no problems{why}")
         return problems[: self.limit]
 
-    def _rows(self) -> Iterator[Row]:
-        file = Path(self.path).expanduser()
-        if file.is_file():
-            if file.suffix == ".jsonl":
-                return _json_lines(file)
-            if file.suffix == ".json":
-                return _json_list(file)
-            if file.suffix == ".parquet":
-                return self._hub_rows("parquet", data_files=str(file), split="train")
-            raise ConfigError(f"DatasetPrompts.path: {self.path} must end in one of {', '.join(_FILES)}")
-        looks_local = (
-            file.suffix in _FILES or self.path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path)
-        )
-        if looks_local and not file.is_dir():
-            raise ConfigError(f"DatasetPrompts.path: there is no file {self.path} (looked in {Path.cwd()})")
-        return self._hub_rows(str(file) if file.is_dir() else self.path, name=self.name, split=self.split)
-
-    def _hub_rows(self, path: str, **arguments: Any) -> Iterator[Row]:
-        import datasets
-        from datasets.exceptions import DatasetsError
-
-        try:
-            rows = datasets.load_dataset(path, **arguments)
-        except (OSError, ValueError, TypeError, DatasetsError) as error:
-            raise ConfigError(
-                f"DatasetPrompts.path: cannot load {self.path!r} ({error}); it must be a readable file, or a hub data set "
-                "that can be reached or is in the cache, with the right name and split"
-            ) from error
-        for number, row in enumerate(rows, start=1):
-            yield f"{self.path}, row {number}", row  # pyright: ignore[reportReturnType]
-
-    def _problem(self, row: Mapping[str, Any], place: str, number: int) -> Problem:
-        text = row.get(self.problem_key)
-        if not isinstance(text, str) or not text.strip():
-            raise _bad(place, f"no problem: {self.problem_key!r} must be a text, got {_show(row, self.problem_key)}")
-        answer = _answer(
-            row.get(self.answer_key), place, f"{self.answer_key!r} must be a text or number, got {_show(row, self.answer_key)}"
-        )
-        given = row.get(self.id_key)
+    def _problem(self, row: Mapping[str, Any], keys: tuple[str, str, str], place: str, number: int) -> Problem:
+        for what, key in zip(("problem", "answer"), keys, strict=False):
+            if key not in row:
+                raise BadRowError(place, f"no {what}", f"there is no column {key!r}, only {sorted(row)}")
+        problem_key, answer_key, id_key = keys
+        messages = _messages(row[problem_key], place, problem_key)
+        if self.strip_instructions:
+            asked = bare_question(messages[-1]["content"])
+            if not asked:
+                raise BadRowError(place, "no problem", f"{problem_key!r} holds instructions and no question")
+            messages = (*messages[:-1], {"role": "user", "content": asked})
+        given = row.get(id_key)
         if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
-            raise _bad(place, f"the id {self.id_key!r} must be a text or an integer, got {given!r}")
+            raise BadRowError(place, "bad id", f"the id {id_key!r} must be a text or an integer, got {given!r}")
         identity = f"{Path(self.path).stem}-{number}" if given is None else str(given)
-        return Problem(identity, ({"role": "user", "content": text},), answer, place)
+        return Problem(identity, messages, _answer(row[answer_key], place, answer_key), place)
 
 
-class _DapoRows:
-    """Problems of the DAPO layout, one per prompt."""
+class _Distinct:
+    """Problems under the key that makes them one and the same; their ids are unique."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._first: dict[tuple[tuple[str, str], ...], Problem] = {}
-        self._conflicting: set[tuple[tuple[str, str], ...]] = set()
-        self._rows = 0
+    def __init__(self, counts: BadRows) -> None:
+        self.counts = counts
+        self.kept: dict[Hashable, Problem] = {}
+        self._conflicting: set[Hashable] = set()
+        self._places: dict[str, str] = {}  # by id
 
-    def add(self, problem: Problem) -> None:
-        self._rows += 1
-        prompt = tuple((message["role"], message["content"]) for message in problem.messages)
-        if self._first.setdefault(prompt, problem).answer != problem.answer:
-            self._conflicting.add(prompt)
+    def add(self, problem: Problem, key: Hashable) -> None:
+        if (first := self.kept.get(key)) is not None:
+            self.counts.repeated += 1
+            if first.answer != problem.answer:
+                self._conflicting.add(key)
+        elif problem.id in self._places:
+            before = f"the id {problem.id!r} was used before, at {self._places[problem.id]}; ids must be unique"
+            raise BadRowError(problem.source, "repeated id", before)
+        else:
+            self._places[problem.id] = problem.source
+            self.kept[key] = problem
 
     def problems(self) -> list[Problem]:
-        repeated, conflicting = self._rows - len(self._first), len(self._conflicting)
-        if repeated:
-            _LOG.warning(
-                "%s: %d rows, %d distinct prompts; dropped %d repeated rows and %d prompts with conflicting answers",
-                self._path, self._rows, len(self._first), repeated, conflicting,
-            )  # fmt: skip
-        return [problem for prompt, problem in self._first.items() if prompt not in self._conflicting]
+        self.counts.conflicting += len(self._conflicting)
+        return [problem for key, problem in self.kept.items() if key not in self._conflicting]
 
 
-def _is_dapo(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("prompt"), list) and "reward_model" in row
+def _messages(value: Any, place: str, key: str) -> tuple[dict[str, str], ...]:
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise BadRowError(place, "no problem", f"{key!r} must be a text or a list of messages, got {_short(value)}")
+    for message in value:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(part), str) for part in ("role", "content")):
+            raise BadRowError(
+                place, "no problem", f"{key!r} must be a list of messages with role and content, got {_short(message)}"
+            )
+    if not value or value[-1]["role"] != "user" or not value[-1]["content"].strip():
+        raise BadRowError(place, "no problem", f"{key!r} must end in a text of the user's, got {_short(value)}")
+    return tuple({"role": message["role"], "content": message["content"]} for message in value)
 
 
-def _dapo_problem(row: Mapping[str, Any], place: str, fallback_id: str) -> Problem:
-    messages = row["prompt"]
-    for message in messages:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise _bad(place, f"no problem: 'prompt' must be a list of messages with role and content, got {message!r}")
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise _bad(place, "no problem: the last message of 'prompt' must be a text of the role 'user'")
-    model = row["reward_model"]
-    truth = model.get("ground_truth") if isinstance(model, Mapping) else None
-    answer = _answer(truth, place, f"'reward_model.ground_truth' must be a text or number, got {str(model)[:80]}")
-    extra = row.get("extra_info")
-    index = extra.get("index") if isinstance(extra, Mapping) else None
-    turns = tuple({"role": message["role"], "content": message["content"]} for message in messages)
-    return Problem(fallback_id if index is None else str(index), turns, answer, place)
-
-
-def _answer(value: Any, place: str, complaint: str) -> str:
+def _answer(value: Any, place: str, key: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float) or str(value) in ("nan", "inf", "-inf"):
-        raise _bad(place, f"no answer: {complaint}")
+        raise BadRowError(place, "no answer", f"{key!r} must be a text or number, got {_short(value)}")
     text = str(value)
-    if isinstance(value, str) and "\n#### " in text:
-        text = text.rpartition("\n#### ")[2]
+    if marks := list(_GSM8K_MARK.finditer(text)):
+        text = text[marks[-1].end() :]
+    elif "\\boxed" in text:
+        bare = _BOX_WITHOUT_BRACES.findall(text)
+        found = last_boxed(text) or (bare[-1] if bare else None)
+        if found is None:
+            raise BadRowError(place, "no answer", f"the \\boxed of {key!r} has nothing in it or no end: {_short(text)}")
+        text = found
     if not text.strip():
-        raise _bad(place, f"no answer: {complaint}")
+        raise BadRowError(place, "no answer", f"{key!r} must not be empty, got {_short(value)}")
     return text.strip()
 
 
-def _show(row: Mapping[str, Any], key: str) -> str:
-    return repr(row[key])[:80] if key in row else f"columns {sorted(row)}"
-
-
-def _bad(place: str, complaint: str) -> ConfigError:
-    return ConfigError(f"{place}: {complaint}")
-
-
-def _json_lines(file: Path) -> Iterator[Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{file}:{number}"
-                row = _parse_json(line, place)
-                if not isinstance(row, dict):
-                    raise _bad(place, f"must be a JSON object, got {type(row).__name__}")
-                yield place, row
-
-
-def _json_list(file: Path) -> Iterator[Row]:
-    rows = _parse_json(file.read_bytes(), str(file))
-    if not isinstance(rows, list):
-        raise _bad(
-            str(file), f"must be a JSON list of objects, got {type(rows).__name__}; one object per line goes into a .jsonl file"
-        )
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise _bad(f"{file}, row {number}", f"must be a JSON object, got {type(row).__name__}")
-        yield f"{file}, row {number}", row
-
-
-def _parse_json(data: bytes, place: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _bad(place, f"not UTF-8 ({error.reason} at byte {error.start})") from error
-    except RecursionError as error:
-        raise _bad(place, "JSON nested too deep") from error
-    except json.JSONDecodeError as error:
-        raise _bad(place, f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"

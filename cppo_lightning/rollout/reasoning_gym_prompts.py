@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.rollout.bad_rows import BadRows
 from cppo_lightning.rollout.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
 from cppo_lightning.verifiers.reasoning_gym import INSTALL, refuse_evaluating
@@ -54,18 +55,23 @@ class ReasoningGymPrompts(PromptSource):
             raise ConfigError(f"ReasoningGymPrompts.params must not contain {sorted(fixed)}: set {sorted(fixed)} beside it")
         refuse_evaluating(self.name)
 
-    def load(self) -> list[Problem]:
-        """The questions in the order in which they were first drawn."""
+    def load(self, bad_rows: BadRows | None = None) -> list[Problem]:
+        """The questions in the order in which they were first drawn; only those of the split are counted as rows."""
+        drawn = self._draw()
+        own = [entry for entry in drawn if self._held_out(entry["question"]) == (self.split == "heldout")]
         entries: dict[str, Mapping[str, Any]] = {}
-        for entry in self._draw():
+        for entry in own:
             entries.setdefault(entry["question"], entry)
-        kept = [entry for question, entry in entries.items() if self._held_out(question) == (self.split == "heldout")]
-        if not kept:
+        if not entries:
             raise ConfigError(
-                f"ReasoningGymPrompts: none of the {len(entries)} distinct questions of {self.name!r} is in the split "
-                f"{self.split!r} at heldout_share {self.heldout_share}; draw more (size) or change the share"
+                f"ReasoningGymPrompts: none of the {len({entry['question'] for entry in drawn})} distinct questions of "
+                f"{self.name!r} is in the split {self.split!r} at heldout_share {self.heldout_share}; "
+                "draw more (size) or change the share"
             )
-        return [self._problem(entry) for entry in kept[: self.limit]]
+        if bad_rows is not None:
+            bad_rows.rows += len(own)
+            bad_rows.repeated += len(own) - len(entries)
+        return [self._problem(entry) for entry in list(entries.values())[: self.limit]]
 
     def _draw(self) -> list[dict[str, Any]]:
         try:
