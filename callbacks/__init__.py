@@ -8,29 +8,37 @@ if __name__ != "cppo_lightning.callbacks":
     )
 
 from cppo_lightning.callbacks.aime_accuracy import AIMEAccuracy
+from cppo_lightning.callbacks.anchor_guard import AnchorGuard
 from cppo_lightning.callbacks.budget_exhaustion import BudgetExhaustion
+from cppo_lightning.callbacks.data_report import DataReport
 from cppo_lightning.callbacks.divergence import Divergence
 from cppo_lightning.callbacks.eval_accuracy import EvalAccuracy
 from cppo_lightning.callbacks.gate_metrics import GateMetrics
 from cppo_lightning.callbacks.logprob_gap import LogProbGap
 from cppo_lightning.callbacks.mask_rate import MaskRate
+from cppo_lightning.callbacks.mismatch import Mismatch
 from cppo_lightning.callbacks.prediction_writer import PredictionWriter
 from cppo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from cppo_lightning.callbacks.rollout_progress import RolloutProgress
 from cppo_lightning.callbacks.run_summary import RunSummary
 from cppo_lightning.callbacks.text_samples import TextSamples
+from cppo_lightning.callbacks.weight_sync_canary import WeightSyncCanary
 
 __all__ = [
     "AIMEAccuracy",
+    "AnchorGuard",
     "BudgetExhaustion",
+    "DataReport",
     "Divergence",
     "EvalAccuracy",
     "GateMetrics",
     "LogProbGap",
     "MaskRate",
+    "Mismatch",
     "PredictionWriter",
     "RolloutMetrics",
     "RolloutProgress",
     "RunSummary",
     "TextSamples",
+    "WeightSyncCanary",
 ]

@@ -77,7 +77,7 @@ class EvalAccuracy(Callback):
         self.at_end = at_end
         self.batch_problems = batch_problems
         self.history: list[tuple[int, dict[str, float]]] = []  # (optimizer steps, metrics), first to last
-        self._problems: dict[str, list[Problem]] = {}
+        self._problems: dict[str, Sequence[Problem]] = {}
         self._means = {name: WeightedMeans([self._tag(name), *self._shares(name)]) for name in datasets}
 
     @property
@@ -103,7 +103,7 @@ class EvalAccuracy(Callback):
         others = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, EvalAccuracy) and c is not self]
         if any(other.mean_tag == self.mean_tag for other in others):
             raise ConfigError(f"two callbacks would log {self.mean_tag}; put their sets into one, or give them other samples")
-        self._problems = {name: data.load(source) for name, source in self.datasets.items()}
+        self._problems = {name: data.load(source, name, self.max_tokens) for name, source in self.datasets.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs once before the first rollout: evaluates the initial policy, unless a checkpoint brought its accuracy along."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
 
 from cppo_lightning.errors import ConfigError
 
@@ -10,6 +13,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from cppo_lightning.rollout.engine import Sampling
+    from cppo_lightning.rollout.problem_sets import ProblemSets
     from cppo_lightning.rollout.prompts import PromptSource
     from cppo_lightning.rollout.sampler import Rollout, Sampler
     from cppo_lightning.rollout.stream import RolloutPlan
@@ -27,12 +31,14 @@ class RolloutData(Protocol):
     def sampling(self) -> Sampling: ...
     @property
     def plan(self) -> RolloutPlan: ...
+    @property
+    def sets(self) -> ProblemSets: ...
 
     def sync_weights(self) -> None: ...
 
     def draw_seed(self, *purpose: str | int) -> int: ...
 
-    def load(self, source: PromptSource) -> list[Problem]: ...
+    def load(self, source: PromptSource, name: str, max_tokens: int | None = None) -> Sequence[Problem]: ...
 
 
 def rollout_data(trainer: Trainer, needed_by: str) -> RolloutData:
@@ -52,3 +58,12 @@ def notify(trainer: Trainer, hook: str, *args: object) -> None:
     for callback in getattr(trainer, "callbacks", ()):
         if (observer := getattr(callback, hook, None)) is not None:
             observer(trainer, *args)
+
+
+def over_ranks(names: Iterable[str]) -> list[str]:
+    """All ranks' names, sorted: the same list on each, which sums over ranks need.  Every rank must call it."""
+    if not torch.distributed.is_initialized():
+        return sorted(set(names))
+    gathered: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, sorted(set(names)))
+    return sorted({name for given in gathered for name in given})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback
 
-from cppo_lightning.callbacks.reporting import rollout_data
+from cppo_lightning.callbacks.reporting import over_ranks, rollout_data
 from cppo_lightning.metrics import WeightedMeans, drain, log_metrics
 from cppo_lightning.verifiers.base import Outcome
 
@@ -34,12 +35,12 @@ class RolloutMetrics(Callback):
 
     ``reward``: mean.  ``accuracy`` and ``verdict/*``: shares of the responses.  ``response_length``: mean tokens.
     ``truncated_share``: cut off by the length limit.  ``zero_spread_share``: groups whose rewards are all equal, which teach
-    nothing.  ``tokens_per_second``: sampled, by all ranks together.  ``seconds_*``: mean over ranks.
-    """
+    nothing.  ``tokens_per_second``: sampled, by all ranks together.  ``seconds_sampling``: until the last response had ended;
+    ``seconds_verifying``: from then until the last verdict, as most are judged before; means over ranks.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._means = WeightedMeans([f"rollout/{name}" for name in NAMES])
+    ``reward/<part>``: mean of one part of the reward, where the verifier gives several (``Verdict.parts``), before weighting.
+    ``accuracy/<set>``: of one data set's responses, where problems say which theirs is (``Problem.dataset``).
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs before the model is loaded: refuses a datamodule that does not sample."""
@@ -51,10 +52,12 @@ class RolloutMetrics(Callback):
         if batch_idx > 0:
             return
         rollout = rollout_data(trainer, type(self).__name__).rollout
-        if rollout is not None:
-            self._means.update({f"rollout/{k}": v for k, v in _totals(rollout, trainer.world_size).items()})
-        metrics = drain(self._means, pl_module.device)
-        log_metrics(trainer, metrics)
+        totals = {} if rollout is None else _totals(rollout, trainer.world_size) | _by_name(rollout)
+        # which parts and sets there are shows only in the samples, and ranks may have seen different ones
+        others = over_ranks(name for name in totals if name not in NAMES)
+        means = WeightedMeans([f"rollout/{name}" for name in (*NAMES, *others)])
+        means.update({f"rollout/{name}": pair for name, pair in totals.items()})
+        log_metrics(trainer, drain(means, pl_module.device))
 
 
 def _totals(rollout: Rollout, world_size: int) -> dict[str, tuple[float, float]]:
@@ -73,3 +76,14 @@ def _totals(rollout: Rollout, world_size: int) -> dict[str, tuple[float, float]]
         "seconds_verifying": (rollout.seconds_verifying, 1),
     }
     return totals | {f"verdict/{outcome.value}": (outcomes.count(outcome), len(samples)) for outcome in Outcome}
+
+
+def _by_name(rollout: Rollout) -> dict[str, tuple[float, float]]:
+    """Sum and count of each part of the reward and of the right answers in each data set."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for sample in rollout.samples:
+        for part, reward in sample.verdict.parts.items():
+            values[f"reward/{part}"].append(reward)
+        if sample.problem.dataset:
+            values[f"accuracy/{sample.problem.dataset}"].append(sample.verdict.outcome is Outcome.CORRECT)
+    return {name: (sum(found), len(found)) for name, found in values.items()}

@@ -30,7 +30,8 @@ MASK = "mask/rate"
 class RunSummary(Callback):
     """Prints, on rank zero: accuracy before and after, seconds per rollout, mask rate, where the logs are, what to try next.
 
-    Times and mask rates are of this process: a resumed run counts from where it was resumed.
+    Times and mask rates are of this process: a resumed run counts from where it was resumed.  "Verifying" is the time spent
+    waiting for verdicts after the last response, as most responses are judged while others are still being sampled.
 
     Args:
         next_commands: shell commands to suggest.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from cppo_lightning.advantages import AdvantageEstimator, GroupRelative
 from cppo_lightning.batch import RolloutBatch
@@ -23,8 +23,9 @@ from cppo_lightning.rollout import (
     RolloutStream,
     Sampler,
     Sampling,
-    check_problems,
 )
+from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream
+from cppo_lightning.rollout.problem_sets import DataRules, ProblemSets, context_length
 from cppo_lightning.rollout.stream import refilled
 from cppo_lightning.verifiers import Verifier, VerifierPool
 from cppo_lightning.verifiers.overlong import Overlong
@@ -49,28 +50,6 @@ class Trained(Protocol):
     def recompute(self, batch: RolloutBatch) -> RolloutBatch: ...
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What ``validate``, ``test`` and ``predict`` sample and judge.
-
-    Args:
-        prompts: the problems.
-        samples: responses to each problem.
-        sampling: how they are drawn; the paper evaluates at temperature 0.7 and top-p 0.95.
-        batch_prompts: problems sampled at a time.
-    """
-
-    prompts: PromptSource
-    samples: int = 1
-    sampling: Sampling = Sampling(temperature=0.7, top_p=0.95)
-    batch_prompts: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "batch_prompts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.evaluation.{name} must be at least 1, got {getattr(self, name)}")
-
-
 class RolloutDataModule(LightningDataModule):
     """Streams rollouts: each epoch, fresh weights go to the engine, it samples, the verifier judges, and minibatches come out.
 
@@ -86,6 +65,10 @@ class RolloutDataModule(LightningDataModule):
         advantages: turns a group's rewards into advantages.
         overlong: penalty on long responses, added to the rewards before advantages are computed; null for none.
         evaluation: what ``validate``, ``test`` and ``predict`` use; None when they are not needed.
+        on_bad_row: "raise" stops before training at the first row that cannot be used, of any set; "skip" counts them.
+        max_prompt_tokens: longer training prompts are dropped and counted; None for what the context leaves to prompts.
+        on_contamination: "report" or "raise" when problems of an evaluation set are among the training problems.
+        allow_other_data: resume from a checkpoint of other training problems, counting on from its position in them.
         top_k: how many of mu's most likely tokens rollouts carry (linked to what the trust region reads).
         seed: fixes the order of prompts and the engine's random numbers.
 
@@ -106,28 +89,15 @@ class RolloutDataModule(LightningDataModule):
         advantages: AdvantageEstimator = GroupRelative(),
         overlong: Overlong | None = None,
         evaluation: Evaluation | None = None,
+        on_bad_row: Literal["raise", "skip"] = "raise",
+        max_prompt_tokens: int | None = None,
+        on_contamination: Literal["report", "raise"] = "report",
+        allow_other_data: bool = False,
         top_k: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if sampling.truncated:
-            raise ConfigError(
-                f"data.sampling is truncated (top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}): mu "
-                "would be renormalised over the kept tokens and every ratio biased; train with top_p 1, top_k 0, min_p 0"
-            )
-        if sampling.temperature == 0:
-            raise ConfigError("data.sampling.temperature must be above 0 to train on, got 0; the paper uses 1.0")
-        if overlong is not None and overlong.max_tokens > sampling.max_tokens:
-            raise ConfigError(
-                f"data.overlong.max_tokens = {overlong.max_tokens} is more than data.sampling.max_tokens = "
-                f"{sampling.max_tokens}, so no response would get the full penalty; take at most {sampling.max_tokens}"
-            )
-        limit = engine.max_top_logprobs
-        if limit is not None and top_k > limit:
-            raise ConfigError(
-                f"the trust region reads the top {top_k} tokens, but {type(engine).__name__} returns at most {limit}; "
-                f"raise data.engine's max_top_logprobs or lower the divergence's k to {limit}"
-            )
+        _check(sampling, overlong, engine, top_k)
         self.model = model
         self.prompts = prompts
         self.pool = verifier if isinstance(verifier, VerifierPool) else VerifierPool(verifier)
@@ -138,10 +108,12 @@ class RolloutDataModule(LightningDataModule):
         self.advantages = advantages
         self.overlong = overlong
         self.evaluation = evaluation
+        self.rules = DataRules(on_bad_row, on_contamination, max_prompt_tokens)
+        self.allow_other_data = allow_other_data
         self.top_k = top_k
         self.seed = seed
         self.rollout: Rollout | None = None  # the latest training rollout
-        self._order_position = 0
+        self._restored: dict[str, Any] | None = None  # of a checkpoint
         self._weights_current = False
 
     def setup(self, stage: str) -> None:
@@ -157,24 +129,31 @@ class RolloutDataModule(LightningDataModule):
             )
         if stage != "fit" and self.evaluation is None:
             raise ConfigError(f"data.evaluation is not set; {stage} needs to know what to sample")
-        vocabulary = AutoConfig.from_pretrained(self.model, trust_remote_code=False).get_text_config().vocab_size
-        if self.top_k > vocabulary:
+        config = AutoConfig.from_pretrained(self.model, trust_remote_code=False).get_text_config()
+        if self.top_k > config.vocab_size:
             raise ConfigError(
-                f"the trust region reads the top {self.top_k} tokens of a vocabulary of {vocabulary}; lower its k"
+                f"the trust region reads the top {self.top_k} tokens of a vocabulary of {config.vocab_size}; lower its k"
             )
-        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+        # the tokenizer's own limit would only warn of prompts that are dropped below
+        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False, model_max_length=sys.maxsize)
         self.sampler = Sampler(self.engine, tokenizer, self.template, self.pool)
+        self.sets = ProblemSets(self.sampler, self.rules, context_length(config, self.engine), self._trainer().is_global_zero)
         if stage == "fit":
-            self.order = PromptOrder(self.load(self.prompts), self.seed)
-            self.order.position = self._order_position
-            self.refills = PromptOrder(self.order.problems, self.seed + 2**31)  # another shuffle of the same problems
+            training, shares = self.sets.load_training(self.prompts, self.sampling.max_tokens), self.prompts.shares()
+            self.order = PromptOrder(training.problems, self.seed, shares)
+            self.refills = PromptOrder(training.problems, self.seed + 2**31, shares)  # another shuffle of the same problems
+            self.fingerprint = training.fingerprint
+            self._restore()
+        if self.evaluation is not None:
+            self.evaluated = self.load(self.evaluation.prompts, "evaluation", self.evaluation.sampling.max_tokens)
 
-    def load(self, source: PromptSource) -> list[Problem]:
-        """A source's problems, each with a prompt that the template accepts and an answer that verifies itself."""
-        problems = source.load()
-        check_problems(problems, self.pool)
-        self.template.encode(self.sampler.tokenizer, problems[0])
-        return problems
+    def load(self, source: PromptSource, name: str, max_tokens: int | None = None) -> Sequence[Problem]:
+        """Problems to evaluate on, as the set ``name``, with up to ``max_tokens`` tokens in a response (None: as in training).
+
+        Raises:
+            ConfigError: a problem that cannot be used, or one that is trained on while ``on_contamination`` is "raise".
+        """
+        return self.sets.load_evaluation(name, source, max_tokens or self.sampling.max_tokens).problems
 
     def sync_weights(self) -> None:
         """Hand the policy's current weights to the engine, unless it has them already."""
@@ -212,12 +191,24 @@ class RolloutDataModule(LightningDataModule):
         return batch.to(device) if isinstance(batch, RolloutBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompt_position": self.order.position}
+        return {"prompt_position": self.order.position, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._order_position = state_dict["prompt_position"]
-        if hasattr(self, "order"):
-            self.order.position = self._order_position
+        self._restored = state_dict
+        if hasattr(self, "sets") and self.sets.training is not None:  # else setup does it, or nothing is trained
+            self._restore()
+
+    def _restore(self) -> None:
+        """Go on where a checkpoint ended, if the problems are those it was trained on."""
+        if self._restored is None:
+            return
+        theirs = self._restored["fingerprint"]
+        if theirs != self.fingerprint and not self.allow_other_data:
+            raise ConfigError(
+                f"the checkpoint was trained on problems with the fingerprint {theirs}, these have {self.fingerprint}: restore "
+                "data.prompts, data.template and what drops problems, or set data.allow_other_data: true to go on with these"
+            )
+        self.order.position = self._restored["prompt_position"]
 
     def close(self) -> None:
         """Free the engine's model and end the verifier's processes.  Safe to call twice."""
@@ -247,9 +238,16 @@ class RolloutDataModule(LightningDataModule):
         return self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k, seed)
 
     def _evaluation_loader(self) -> DataLoader[Rollout]:
-        assert self.evaluation is not None, "setup refused this"
-        problems = self.load(self.evaluation.prompts)[self._trainer().global_rank :: self._trainer().world_size]
-        return DataLoader(EvaluationStream(self, self.evaluation, problems), batch_size=None, num_workers=0)
+        evaluation = self.evaluation
+        assert evaluation is not None, "setup refused this"
+
+        def sample(problems: Sequence[Problem], place: int) -> Rollout:
+            self.sync_weights()
+            seed = self.draw_seed("evaluation", place)
+            return self.sampler.sample(problems, evaluation.samples, evaluation.sampling, seed=seed)
+
+        mine = self.evaluated[self._trainer().global_rank :: self._trainer().world_size]
+        return DataLoader(EvaluationStream(mine, evaluation.batch_prompts, sample), batch_size=None, num_workers=0)
 
     def _trained(self) -> Trained:
         return cast("Trained", self._trainer().lightning_module)
@@ -260,20 +258,22 @@ class RolloutDataModule(LightningDataModule):
         return self.trainer
 
 
-class EvaluationStream(IterableDataset[Rollout]):
-    """Judged samples of an evaluation's problems, ``batch_prompts`` problems at a time."""
-
-    def __init__(self, datamodule: RolloutDataModule, evaluation: Evaluation, problems: list[Problem]) -> None:
-        self.datamodule = datamodule
-        self.evaluation = evaluation
-        self.problems = problems
-
-    def __len__(self) -> int:
-        return -(-len(self.problems) // self.evaluation.batch_prompts)
-
-    def __iter__(self) -> Iterator[Rollout]:
-        self.datamodule.sync_weights()
-        step = self.evaluation.batch_prompts
-        for i in range(0, len(self.problems), step):
-            problems, seed = self.problems[i : i + step], self.datamodule.draw_seed("evaluation", i)
-            yield self.datamodule.sampler.sample(problems, self.evaluation.samples, self.evaluation.sampling, seed=seed)
+def _check(sampling: Sampling, overlong: Overlong | None, engine: RolloutEngine, top_k: int) -> None:
+    if sampling.truncated:
+        raise ConfigError(
+            f"data.sampling is truncated (top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}): mu "
+            "would be renormalised over the kept tokens and every ratio biased; train with top_p 1, top_k 0, min_p 0"
+        )
+    if sampling.temperature == 0:
+        raise ConfigError("data.sampling.temperature must be above 0 to train on, got 0; the paper uses 1.0")
+    if overlong is not None and overlong.max_tokens > sampling.max_tokens:
+        raise ConfigError(
+            f"data.overlong.max_tokens = {overlong.max_tokens} is more than data.sampling.max_tokens = "
+            f"{sampling.max_tokens}, so no response would get the full penalty; take at most {sampling.max_tokens}"
+        )
+    limit = engine.max_top_logprobs
+    if limit is not None and top_k > limit:
+        raise ConfigError(
+            f"the trust region reads the top {top_k} tokens, but {type(engine).__name__} returns at most {limit}; "
+            f"raise data.engine's max_top_logprobs or lower the divergence's k to {limit}"
+        )

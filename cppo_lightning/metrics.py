@@ -133,10 +133,7 @@ def mask_names(bins: int) -> list[str]:
 
 
 def mask_totals(stats: TokenStats, gate: Gate, bins: int) -> Totals:
-    """Tokens that the trust region dropped, as shares of the trainable tokens, by cause and by relative position.
-
-    A token is in bin ``bins * p // T``, p being its 0-based position among the response's own T trainable tokens.
-    """
+    """Tokens that the trust region dropped, as shares of the trainable tokens, by cause and by relative position."""
     mask = stats.mask
     dropped = mask & ~gate.keep
     toward = gate.diagnostics.get("toward")
@@ -149,14 +146,21 @@ def mask_totals(stats: TokenStats, gate: Gate, bins: int) -> Totals:
     for cause in ("by_position", "by_budget"):
         if f"masked_{cause}" in gate.diagnostics:
             totals[f"mask/{cause}"] = masked_total(gate.diagnostics[f"masked_{cause}"], mask)
+    return {**totals, **position_totals("mask/rate_at", dropped, mask, bins)}
+
+
+def position_totals(tag: str, values: Tensor, mask: Tensor, bins: int) -> Totals:
+    """``<tag>/00-10`` and so on: sums and counts of ``values`` ``[B, T]`` by relative position in the response.
+
+    A token is in bin ``bins * p // T``, p being its 0-based position among the response's own T trainable tokens.
+    """
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     index = (bins * position // mask.sum(-1, keepdim=True).clamp(min=1)).clamp(max=bins - 1).flatten()
     empty = torch.zeros(bins, dtype=_sum_dtype(mask.device), device=mask.device)
-    sums = empty.index_add(0, index, dropped.flatten().to(empty.dtype))
+    sums = empty.index_add(0, index, values.masked_fill(~mask, 0).flatten().to(empty.dtype))
     counts = empty.index_add(0, index, mask.flatten().to(empty.dtype))
-    for name, total, count in zip(bin_names(bins), sums.unbind(), counts.unbind(), strict=True):
-        totals[f"mask/rate_at/{name}"] = (total, count)
-    return totals
+    pairs = zip(sums.unbind(), counts.unbind(), strict=True)
+    return {f"{tag}/{name}": pair for name, pair in zip(bin_names(bins), pairs, strict=True)}
 
 
 BUDGET_MEANS = ("budget/exhausted_share", "budget/spent_mean", "budget/delta_b", "budget/first_exhausted", "budget/threshold")

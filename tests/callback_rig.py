@@ -85,7 +85,7 @@ class Data(LightningDataModule):
     def draw_seed(self, *purpose: str | int) -> int:
         return len(purpose)
 
-    def load(self, source: Any) -> list[Problem]:
+    def load(self, source: Any, name: str, max_tokens: int | None = None) -> list[Problem]:
         return source.load()
 
     def train_dataloader(self) -> DataLoader[int]:

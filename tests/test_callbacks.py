@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from cppo_lightning.callbacks import (
 from cppo_lightning.callbacks.text_samples import as_markdown
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import Totals, masked_total
+from cppo_lightning.rollout.bad_rows import BadRows
 from cppo_lightning.rollout.prompts import DatasetPrompts, PromptSource
+from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.verifiers.base import Outcome, Problem
 from tests.callback_rig import UPDATES, Data, Module, events, rollout, scalars, stats_and_gate, trainer
 
@@ -39,7 +42,7 @@ class Counted(PromptSource):
     def __init__(self, *ids: int) -> None:
         self.ids = ids
 
-    def load(self) -> list[Problem]:
+    def load(self, bad_rows: BadRows | None = None) -> list[Problem]:
         return [Problem(str(i), ({"role": "user", "content": "?"},), "0") for i in self.ids]
 
 
@@ -104,7 +107,7 @@ def test_a_trust_region_without_budget_is_told_once_and_logs_nothing(tmp_path: P
     stats, gate = stats_and_gate()
     callback = BudgetExhaustion()
     run = trainer(tmp_path, [callback])
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch"):
         for _ in range(2):
             callback.on_gate(run, Module(), stats, Gate(gate.weight, gate.keep))
     assert sum("no prefix budget" in r.message for r in caplog.records) == 1
@@ -132,6 +135,44 @@ def test_rollout_metrics_by_hand(tmp_path: Path) -> None:
     for name, value in values.items():
         # once per rollout, at the steps that its weights had seen
         assert found[f"rollout/{name}"] == [(0, pytest.approx(value)), (UPDATES, pytest.approx(value))], name
+
+
+def named(plain: Rollout, sets: list[str], parts: dict[str, list[float]]) -> Rollout:
+    """The same samples, group g of the data set ``sets[g]`` and sample i of it with the parts' rewards i."""
+    samples = []
+    for group, name in zip(plain.groups(), sets, strict=True):
+        for i, sample in enumerate(group):
+            verdict = replace(sample.verdict, parts={part: rewards[i] for part, rewards in parts.items()})
+            samples.append(replace(sample, problem=replace(sample.problem, dataset=name), verdict=verdict))
+    return replace(plain, samples=samples)
+
+
+def test_rollout_metrics_by_part_and_by_set(tmp_path: Path) -> None:
+    data = Data(OUTCOMES)
+    data.rollout = named(data.rollout, ["hard", "easy"], {"answer": [1, 0, 0, 0], "form": [0.5, 0.5, 0.5, 0.3]})
+    trainer(tmp_path, [RolloutMetrics()], rollouts=1).fit(Module(), datamodule=data)
+    found = scalars(tmp_path)
+    expected = {"reward/answer": 1 / 4, "reward/form": 0.45, "accuracy/hard": 1 / 4, "accuracy/easy": 1, "accuracy": 5 / 8}
+    for name, value in expected.items():
+        assert found[f"rollout/{name}"] == [(0, pytest.approx(value))], name
+
+
+class Own(Data):
+    """Each rank has problems of a set, and rewards with a part, that the other has not."""
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        rank = self.trainer.global_rank
+        self.rollout = named(self.rollout, [f"set{rank}"] * 2, {f"part{rank}": [rank, rank, rank, 0.0]})
+
+
+@pytest.mark.slow
+def test_ranks_that_have_seen_other_names_log_all_of_them(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
+    trainer(tmp_path, [RolloutMetrics()], rollouts=1, **settings).fit(Module(), datamodule=Own(OUTCOMES))
+    found = scalars(tmp_path)
+    for name, value in {"reward/part0": 0, "reward/part1": 0.75, "accuracy/set0": 5 / 8, "accuracy/set1": 5 / 8}.items():
+        assert found[f"rollout/{name}"] == [(0, pytest.approx(value))], name
 
 
 def test_eval_accuracy_by_hand(tmp_path: Path) -> None:

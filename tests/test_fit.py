@@ -21,6 +21,7 @@ from cppo_lightning.mismatch import MismatchCorrection, RecomputedBatch, TokenMa
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import PolicyConfig
 from cppo_lightning.rollout import Completion, ReasoningGymPrompts, RolloutPlan, Sampling, TransformersEngine
+from cppo_lightning.rollout.engine import OnCompletion
 from cppo_lightning.trust_regions import CPPO, PPOClip, TrustRegion
 from cppo_lightning.verifiers import Format
 from cppo_lightning.verifiers.overlong import Overlong
@@ -197,23 +198,30 @@ def test_a_nan_gradient_never_reaches_the_weights(tiny_model_path: Path, tmp_pat
     assert unchanged(module, tiny_model_path)
 
 
-class Forgetful(TransformersEngine):
-    """Loses the last log-probability of its third answer."""
+class Spoiling(TransformersEngine):
+    """Hands out a third answer that lacks the last log-probability, or has none that is a number."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
-        completions = super().generate(*args, **kwargs)
-        completions[2].logp = completions[2].logp[:-1]
-        return completions
+    def __init__(self, spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.spoil = spoil
+
+    def generate(self, *args: Any, on_completion: OnCompletion | None = None, **kwargs: Any) -> list[Completion]:
+        def spoiled(place: int, completion: Completion) -> None:
+            if place == 2:
+                completion.logp = self.spoil(completion.logp)
+            if on_completion is not None:
+                on_completion(place, completion)
+
+        return super().generate(*args, on_completion=spoiled, **kwargs)
 
 
-class Broken(TransformersEngine):
-    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
-        completions = super().generate(*args, **kwargs)
-        completions[2].logp = completions[2].logp * float("nan")
-        return completions
-
-
-@pytest.mark.parametrize(("engine", "message"), [(Forgetful(), "tokens with"), (Broken(), "non-finite log-probability")])
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (Spoiling(lambda logp: logp[:-1]), "tokens with"),
+        (Spoiling(lambda logp: logp * float("nan")), "non-finite log-probability"),
+    ],
+)
 def test_bad_engine_answers_stop_the_run_with_the_prompts_id(
     tiny_model_path: Path, tmp_path: Path, engine: TransformersEngine, message: str
 ) -> None:
@@ -271,6 +279,27 @@ def test_a_run_resumes_with_the_next_prompts_and_the_same_weights(tiny_model_pat
     assert [step for step, _, _ in watch.versions] == [4, 5, 6, 7]
     for a, b in zip(weights(whole), weights(again), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_run_resumes_on_its_own_problems_only(tiny_model_path: Path, tmp_path: Path) -> None:
+    first = make_data(tiny_model_path)
+    trainer, _ = fit(tmp_path, make_module(tiny_model_path), first, rollouts=1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+
+    def resume(**settings: Any) -> RolloutDataModule:
+        data = make_data(tiny_model_path, prompts=ReasoningGymPrompts("basic_arithmetic", 100, params=SUMS), **settings)
+        run = make_trainer(tmp_path, [], rollouts=2)
+        try:
+            run.fit(make_module(tiny_model_path), datamodule=data, ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+        finally:
+            data.close()
+        return data
+
+    with pytest.raises(ConfigError, match=rf"fingerprint {first.fingerprint}, these have .*allow_other_data: true"):
+        resume()
+    other = resume(allow_other_data=True)
+    assert other.fingerprint != first.fingerprint
+    assert other.order.position == 8, "one rollout of four problems before, one after"
 
 
 def test_learning_rate_schedules_move_with_the_steps(tiny_model_path: Path, tmp_path: Path) -> None:

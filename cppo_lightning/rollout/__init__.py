@@ -1,15 +1,31 @@
 """Rollouts: prompts in, judged samples with their log-probabilities out, cut into minibatches."""
 
 from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from cppo_lightning.rollout.prompts import DatasetPrompts, PromptSource, PromptTemplate, ReasoningGymPrompts, check_problems
+from cppo_lightning.rollout.prompts import (
+    BadRowError,
+    BadRows,
+    DatasetPrompts,
+    LoadCounts,
+    Mixture,
+    PromptOrder,
+    PromptSource,
+    PromptTemplate,
+    ReasoningGymPrompts,
+    bare_question,
+    check_problems,
+)
 from cppo_lightning.rollout.sampler import Rollout, Sample, Sampler
-from cppo_lightning.rollout.stream import PromptOrder, RolloutPlan, RolloutStream
+from cppo_lightning.rollout.stream import RolloutPlan, RolloutStream
 from cppo_lightning.rollout.transformers_engine import TransformersEngine
 from cppo_lightning.rollout.vllm_engine import VLLMEngine
 
 __all__ = [
+    "BadRowError",
+    "BadRows",
     "Completion",
     "DatasetPrompts",
+    "LoadCounts",
+    "Mixture",
     "PromptOrder",
     "PromptSource",
     "PromptTemplate",
@@ -23,5 +39,6 @@ __all__ = [
     "Sampling",
     "TransformersEngine",
     "VLLMEngine",
+    "bare_question",
     "check_problems",
 ]

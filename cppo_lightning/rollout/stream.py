@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cppo_lightning.rollout.sampler import Rollout
-    from cppo_lightning.verifiers.base import Problem
     from cppo_lightning.verifiers.overlong import Overlong
 
 
@@ -148,29 +147,3 @@ def refilled(rollout: Rollout, groups: int, max_refills: int, draw: Callable[[in
             seconds_verifying=rollout.seconds_verifying + more.seconds_verifying,
         )
     return rollout
-
-
-class PromptOrder:
-    """Problems in an order that a seed fixes: every problem once, in a new shuffle each pass.
-
-    ``position`` counts problems handed out and is all the state there is.
-    """
-
-    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
-        self.problems = problems
-        self.seed = seed
-        self.position = 0
-        self._shuffled: tuple[int, list[int]] = (-1, [])
-
-    def take(self, count: int) -> list[Problem]:
-        """The next ``count`` problems."""
-        taken = [self._at(self.position + i) for i in range(count)]
-        self.position += count
-        return taken
-
-    def _at(self, position: int) -> Problem:
-        epoch, index = divmod(position, len(self.problems))
-        if self._shuffled[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._shuffled = (epoch, torch.randperm(len(self.problems), generator=generator).tolist())
-        return self.problems[self._shuffled[1][index]]
