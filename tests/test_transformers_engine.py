@@ -56,6 +56,12 @@ def assert_matches_oracle(
             completion.check("row")
 
 
+def assert_identical(one: Completion, other: Completion) -> None:
+    assert one.finished == other.finished
+    for name in ("ids", "logp", "topk_ids", "topk_logp"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def other_models(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> dict[str, Path]:
     """Random models whose caches, positions or tied heads differ from the tiny Qwen3's."""
@@ -163,6 +169,56 @@ def test_draws_depend_on_the_seed_alone_and_leave_the_global_generator_alone(tin
     engine.load_weights(plain_model(tiny_model_path).state_dict().items(), 5)
     assert ids(1) == first, "nor the version of the same weights"
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_completions_are_handed_out_at_the_step_that_ends_them(tiny_model_path: Path) -> None:
+    engine = started(tiny_model_path)
+    sampling = Sampling(max_tokens=60, temperature=0.8)
+    expected = engine.generate(PROMPTS, 16, sampling, top_logprobs=3, seed=2)
+    steps, seen = 0, dict[int, Completion]()
+
+    def count_step(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    def on_completion(place: int, completion: Completion) -> None:
+        assert place not in seen
+        assert steps == len(completion.ids), "prompts are read once, and each further pass draws one token more"
+        seen[place] = completion
+
+    assert engine._model is not None
+    hook = engine._model.register_forward_hook(count_step)
+    completions = engine.generate(PROMPTS, 16, sampling, top_logprobs=3, seed=2, on_completion=on_completion)
+    hook.remove()
+    assert list(seen) != sorted(seen)
+    assert [id(seen[place]) for place in range(64)] == [id(completion) for completion in completions]
+    for one, other in zip(completions, expected, strict=True):
+        assert_identical(one, other)
+
+
+def test_handed_out_completions_have_their_place_when_groups_are_split_over_batches(tiny_model_path: Path) -> None:
+    seen: dict[int, Completion] = {}
+    completions = started(tiny_model_path, 3).generate(PROMPTS, 4, Sampling(max_tokens=8), on_completion=seen.__setitem__)
+    assert [seen[place] for place in range(16)] == completions
+    assert len(seen) == 16
+
+
+def test_what_on_completion_raises_comes_out_and_the_engine_goes_on(tiny_model_path: Path) -> None:
+    engine = started(tiny_model_path)
+    sampling = Sampling(max_tokens=40)
+    expected = engine.generate(PROMPTS, 8, sampling, seed=1)
+    seen = []
+
+    def stop(place: int, completion: Completion) -> None:
+        seen.append(place)
+        if len(seen) == 3:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        engine.generate(PROMPTS, 8, sampling, seed=1, on_completion=stop)
+    assert len(seen) == 3
+    for one, other in zip(engine.generate(PROMPTS, 8, sampling, seed=1), expected, strict=True):
+        assert_identical(one, other)
 
 
 def test_load_weights_replaces_the_model_and_its_version(tiny_model_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.rollout import PromptTemplate, Sampler
+from cppo_lightning.rollout.capture import CapturedResponse
 from cppo_lightning.rollout.engine import Completion, Sampling
 from cppo_lightning.rollout.vllm_engine import VLLMEngine
+from cppo_lightning.verifiers import Outcome, Problem, Verdict
 
 needs_vllm = [pytest.mark.vllm, pytest.mark.slow]
-SUMS = [(1, 2), (3, 4), (9, 8)]
+PROBLEMS = [
+    Problem(f"{a} + {b}", ({"role": "user", "content": f"Calculate {a} + {b}. Answer with only the number."},), str(a + b))
+    for a, b in ((1, 2), (3, 4), (9, 8))
+]
 
 
 def process_state() -> dict[str, object]:
@@ -46,8 +53,7 @@ def model(smollm2_path: Path) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def prompts(smollm2_path: Path) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    texts = [f"Calculate {a} + {b}. Answer with only the number." for a, b in SUMS]
-    chats = [[{"role": "user", "content": text}] for text in texts]
+    chats = [problem.messages for problem in PROBLEMS]
     return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
 
 
@@ -83,8 +89,91 @@ def largest_difference(
     return worst
 
 
+def assert_identical(one: Completion, other: Completion) -> None:
+    assert one.finished == other.finished
+    for name in ("ids", "logp", "topk_ids", "topk_logp"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+
+
+def by_vllm_itself(engine: VLLMEngine, prompts: list[list[int]], n: int, sampling: Sampling, k: int, seed: int) -> list[Any]:
+    """``LLM.generate`` with its own objects for log-probabilities: a list of vLLM's CompletionOutput, prompt-major."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(
+        n=n, max_tokens=sampling.max_tokens, temperature=sampling.temperature, logprobs=k, stop_token_ids=engine._eos
+    )
+    llm = engine._loaded()
+    llm.reset_prefix_cache()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        answers = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], params, use_tqdm=False)
+    return [sample for answer in answers for sample in answer.outputs]
+
+
 class TestWithVLLM:
     pytestmark = needs_vllm
+
+    @pytest.mark.parametrize("k", [0, 7])
+    def test_tokens_and_log_probabilities_are_those_of_llm_generate(
+        self, engine: VLLMEngine, prompts: list[list[int]], k: int
+    ) -> None:
+        sampling = Sampling(max_tokens=24, temperature=1.3)
+        seen: dict[int, Completion] = {}
+        completions = engine.generate(prompts, 6, sampling, k, seed=5, on_completion=seen.__setitem__)
+        assert [seen[place] for place in range(18)] == completions
+        assert list(seen) != sorted(seen), "responses of different lengths should not end in order"
+        for completion, sample in zip(completions, by_vllm_itself(engine, prompts, 6, sampling, k, 5), strict=True):
+            ids = list(sample.token_ids)
+            assert completion.ids.tolist() == ids
+            assert completion.finished == (sample.finish_reason == "stop")
+            rows = sample.logprobs  # per token a dictionary: token id -> Logprob, with its rank
+            expected = torch.tensor([row[i].logprob for i, row in zip(ids, rows, strict=True)])
+            assert torch.equal(completion.logp, expected)
+            if k:
+                assert completion.topk_ids is not None
+                assert completion.topk_logp is not None
+                top = [sorted((lp.rank, i, lp.logprob) for i, lp in row.items() if lp.rank <= k) for row in rows]
+                assert completion.topk_ids.tolist() == [[i for _, i, _ in row] for row in top]
+                assert torch.equal(completion.topk_logp, torch.tensor([[logp for *_, logp in row] for row in top]))
+
+    def test_what_on_completion_raises_comes_out_and_the_next_call_starts_clean(
+        self, engine: VLLMEngine, prompts: list[list[int]]
+    ) -> None:
+        sampling = Sampling(max_tokens=24, temperature=1.3)
+        expected = engine.generate(prompts, 6, sampling, 3, seed=5)
+        before, seen = process_state(), []
+
+        def stop(place: int, completion: Completion) -> None:
+            seen.append(place)
+            if len(seen) == 3:
+                raise RuntimeError("enough")
+
+        with pytest.raises(RuntimeError, match="enough"):
+            engine.generate(prompts, 6, sampling, 3, seed=5, on_completion=stop)
+        assert len(seen) == 3
+        assert process_state() == before
+        for one, other in zip(engine.generate(prompts, 6, sampling, 3, seed=5), expected, strict=True):
+            assert_identical(one, other)
+
+    def test_verdicts_come_while_later_responses_are_still_generated(self, engine: VLLMEngine, smollm2_path: Path) -> None:
+        thread, futures, waited = ThreadPoolExecutor(1), list[Future[Verdict]](), 0
+
+        class Pool:
+            def submit(self, problem: Problem, response: str) -> Future[Verdict]:
+                """Once the first response is here, vLLM does not go on before the verdict on it."""
+                nonlocal waited
+                futures.append(thread.submit(Verdict, Outcome.WRONG, 0.0, response))
+                futures[0].result(timeout=60)
+                waited += 1
+                return futures[-1]
+
+        sampler = Sampler(engine, AutoTokenizer.from_pretrained(smollm2_path), PromptTemplate(), cast(Any, Pool()))
+        with thread:
+            rollout = sampler.sample(PROBLEMS, 4, Sampling(max_tokens=12))
+        assert waited == 12
+        assert [s.verdict.extracted for s in rollout.samples] == [s.text for s in rollout.samples]
+        lengths = [len(s.completion.ids) for s in rollout.samples]
+        assert min(lengths) < max(lengths) == 12
 
     def test_logp_and_topk_equal_a_full_forward_pass(
         self, engine: VLLMEngine, model: PreTrainedModel, prompts: list[list[int]]
@@ -184,6 +273,47 @@ class TestWithVLLM:
     def test_unknown_engine_arguments_are_named(self, smollm2_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"engine_args\.enforce_eagr"):
             VLLMEngine(engine_args={"enforce_eagr": True}).start(str(smollm2_path))
+
+
+def captured(k: int, steps: list[tuple[list[int], list[list[int]]]]) -> CapturedResponse:
+    """``steps`` are the drawn tokens and the tokens of the log-probabilities, each of which is minus its token."""
+    response = CapturedResponse(4, k)
+    for ids, tokens in steps:
+        array = np.array(tokens, dtype=np.int32)
+        response.add(ids, (array, -array.astype(np.float32), np.zeros(len(ids)), None))
+    return response
+
+
+def test_a_captured_response_has_one_row_per_token_however_many_came_at_once() -> None:
+    steps = [([5], [[5, 7, 5, 9]]), ([1, 2], [[1, 2, 3, 4], [2, 8, 6, 4]])]  # wider than asked for; a step of two tokens
+    completion = captured(2, steps).completion("length")
+    completion.check("row")
+    assert completion.ids.tolist() == [5, 1, 2]
+    assert completion.logp.tolist() == [-5.0, -1.0, -2.0]
+    assert completion.topk_ids is not None
+    assert completion.topk_logp is not None
+    assert completion.topk_ids.tolist() == [[7, 5], [2, 3], [8, 6]]
+    assert torch.equal(completion.topk_logp, -completion.topk_ids.float())
+    assert not completion.finished
+    assert captured(0, steps).completion("stop").topk_ids is None
+
+
+def test_captured_responses_that_are_wrong() -> None:
+    with pytest.raises(RolloutError, match="sample 4 belong to other tokens"):
+        captured(1, [([5], [[6, 5]])]).completion("stop")
+    with pytest.raises(RolloutError, match="ended sample 4 by 'abort'"):
+        captured(1, [([5], [[5, 5]])]).completion("abort")
+    response = CapturedResponse(4, 1)
+    response.add([5], None)
+    with pytest.raises(RolloutError, match="no log-probabilities for sample 4"):
+        response.completion("stop")
+    response.add([6], (np.array([[6, 1]]), np.zeros((1, 2), dtype=np.float32)))
+    with pytest.raises(RolloutError, match="belong to other tokens"):
+        response.completion("stop")
+    response = captured(1, [([5], [[5, 5]])])
+    response.add([6], None)
+    with pytest.raises(RolloutError, match="prompt 'row': the engine returned 2 tokens with 1 log-prob"):
+        response.completion("stop").check("row")
 
 
 def test_without_vllm_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,9 @@ class Completion:
                 raise RolloutError(f"prompt {prompt_id!r}: the engine returned a non-finite {name}; no step was taken on it")
 
 
+OnCompletion = Callable[[int, Completion], None]
+
+
 class RolloutEngine(ABC):
     """Samples from a causal language model whose weights the trainer renews.
 
@@ -97,13 +100,29 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        top_logprobs: int = 0,
+        seed: int = 0,
+        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
         """Draw ``n`` responses to each prompt (token ids), prompt-major: ``len(prompts) * n`` completions.
 
         A function of its arguments and the weights: the same ``seed`` (0 to 2^63 - 1) gives the same tokens again.
         The log-probabilities are those of the distribution actually drawn from, after temperature.
+
+        Args:
+            on_completion: called with the place in the result and the completion, once for each, as soon as it has ended and
+                while others are still being generated.  Generation waits for it, and it must not draw from global random
+                generators.  What it raises ends generation and comes out; the engine can be used again.
         """
+
+    def checksums(self) -> Mapping[str, int] | None:
+        """Checksum by Hugging Face name of each parameter as it was last received (``rollout.checksums``), after the cast to
+        the engine's ``dtype``; None when the engine cannot tell."""
+        return None
 
     def close(self) -> None:
         """Free the model and any child processes.  Safe to call twice."""

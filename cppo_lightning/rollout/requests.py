@@ -1,4 +1,4 @@
-"""What both engines settle alike: whether a request is possible, where responses end, complete weights."""
+"""What both engines settle alike: whether a request is possible, where responses end, their order, complete weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from cppo_lightning.rollout.engine import Sampling
+    from cppo_lightning.rollout.engine import Completion, OnCompletion, Sampling
 
 
 def read_config(model: str) -> PretrainedConfig:
@@ -82,6 +82,30 @@ def check_request(
                 f"sampling.max_tokens {sampling.max_tokens} with a prompt of {len(prompt)} tokens exceeds the context of"
                 f" {room}: it should be at most {room - len(prompt)}, or the prompt shorter"
             )
+
+
+class Completions:
+    """Gathers ``count`` completions in the order of their places, and hands each on as it comes."""
+
+    def __init__(self, count: int, on_completion: OnCompletion | None) -> None:
+        self._places: list[Completion | None] = [None] * count
+        self._on_completion = on_completion
+
+    def add(self, place: int, completion: Completion) -> None:
+        self._places[place] = completion
+        if self._on_completion is not None:
+            self._on_completion(place, completion)
+
+    def all(self) -> list[Completion]:
+        """Every completion, in order.
+
+        Raises:
+            RolloutError: one has not come.
+        """
+        there = [completion for completion in self._places if completion is not None]
+        if len(there) < len(self._places):
+            raise RolloutError(f"the engine answered {len(there)} of {len(self._places)} samples")
+        return there
 
 
 def meta_parameters(config: PretrainedConfig) -> dict[str, Tensor]:

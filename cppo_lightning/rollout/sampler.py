@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cppo_lightning.errors import RolloutError
 from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from cppo_lightning.verifiers.base import Problem, Verdict
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from transformers import PreTrainedTokenizerBase
 
     from cppo_lightning.rollout.prompts import PromptTemplate
@@ -49,8 +52,8 @@ class Rollout:
     samples: list[Sample]
     n: int
     version: int  # optimizer steps that the sampling weights had seen
-    seconds_sampling: float
-    seconds_verifying: float
+    seconds_sampling: float  # until the last response had ended
+    seconds_verifying: float  # from then until the last verdict
 
     @property
     def num_tokens(self) -> int:
@@ -73,23 +76,37 @@ class Sampler:
         self.pool = pool
 
     def sample(self, problems: Sequence[Problem], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0) -> Rollout:
-        """Draw ``n`` responses to each problem and judge them; ``seed`` fixes the draws.
+        """Draw ``n`` responses to each problem, each judged while others are still being drawn; ``seed`` fixes the draws.
 
         Raises:
-            RolloutError: the engine returned fewer log-probabilities than tokens, or a non-finite one.
+            RolloutError: the engine returned fewer responses than asked for, or a token without a finite log-probability; or no
+                verifier process stays alive.  No further verdict is waited for.
         """
         prompts = [self.template.encode(self.tokenizer, problem) for problem in problems]
-        started = time.perf_counter()
-        completions = self.engine.generate(prompts, n, sampling, top_logprobs, seed)
-        sampled = time.perf_counter()
-        rows = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) for _ in range(n)]
-        for (problem, _), completion in zip(rows, completions, strict=True):
+        texts: dict[int, str] = {}
+        verdicts: dict[int, Future[Verdict]] = {}
+
+        def judge(place: int, completion: Completion) -> None:
+            problem = problems[place // n]
             completion.check(problem.id)
-        texts: list[str] = self.tokenizer.batch_decode([c.ids.tolist() for c in completions], skip_special_tokens=True)
-        verdicts = self.pool.judge([(problem, text) for (problem, _), text in zip(rows, texts, strict=True)])
-        verified = time.perf_counter()
-        samples = [
-            Sample(problem, ids, completion, text, verdict)
-            for (problem, ids), completion, text, verdict in zip(rows, completions, texts, verdicts, strict=True)
-        ]
-        return Rollout(samples, n, self.engine.version, sampled - started, verified - sampled)
+            texts[place] = str(self.tokenizer.decode(completion.ids.tolist(), skip_special_tokens=True))
+            verdicts[place] = self.pool.submit(problem, texts[place])
+
+        started = time.perf_counter()
+        try:
+            completions = self.engine.generate(prompts, n, sampling, top_logprobs, seed, on_completion=judge)
+            sampled = time.perf_counter()
+            if not len(verdicts) == len(completions) == len(prompts) * n:
+                raise RolloutError(
+                    f"{type(self.engine).__name__} returned {len(completions)} of {len(prompts) * n} responses and handed "
+                    f"{len(verdicts)} to on_completion"
+                )
+            samples = [
+                Sample(problems[place // n], prompts[place // n], completion, texts[place], verdicts[place].result())
+                for place, completion in enumerate(completions)
+            ]
+        except BaseException:
+            for verdict in verdicts.values():
+                verdict.cancel()  # else the next rollout waits behind what nobody reads
+            raise
+        return Rollout(samples, n, self.engine.version, sampled - started, time.perf_counter() - sampled)

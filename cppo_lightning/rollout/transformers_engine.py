@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.rollout.checksums import checksums
 from cppo_lightning.rollout.draw import Draw, draw
-from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from cppo_lightning.rollout.requests import check_request, checked_weights, eos_token_ids, read_config
+from cppo_lightning.rollout.engine import Completion, OnCompletion, RolloutEngine, Sampling
+from cppo_lightning.rollout.requests import Completions, check_request, checked_weights, eos_token_ids, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,9 +100,15 @@ class TransformersEngine(RolloutEngine):
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        top_logprobs: int = 0,
+        seed: int = 0,
+        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
-        """Draw ``n`` responses to each prompt, prompt-major.
+        """Draw ``n`` responses to each prompt, prompt-major; each is handed to ``on_completion`` at the step that ends it.
 
         Log-probabilities are computed in float32 from the full softmax at the sampling temperature; under truncation they are
         those of the renormalised kept set, and top-K entries outside it are -inf.  Temperature 0 takes the most likely token
@@ -116,15 +123,19 @@ class TransformersEngine(RolloutEngine):
         generator = torch.Generator(model.device).manual_seed(seed)
         # prompts of like length share a batch, so that little is padded; longest first, so that a lack of memory shows at once
         by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        queue = [i for i in by_length for _ in range(n)]
-        completions: list[list[Completion]] = [[] for _ in prompts]
+        queue = [i * n + sample for i in by_length for sample in range(n)]
+        completions = Completions(len(queue), on_completion)
         for start in range(0, len(queue), self.max_sequences):
             rows = queue[start : start + self.max_sequences]
-            repeats = Counter(rows)
+            repeats = Counter(index // n for index in rows)
             batch = _Batch(model, [prompts[i] for i in repeats], list(repeats.values()), sampling, top_logprobs)
-            for i, completion in zip(rows, batch.run(self._eos, generator), strict=True):
-                completions[i].append(completion)
-        return [completion for group in completions for completion in group]
+            for row, completion in batch.run(self._eos, generator):
+                completions.add(rows[row], completion)
+        return completions.all()
+
+    def checksums(self) -> dict[str, int]:
+        """Of the weights that it computes with, tied ones once."""
+        return checksums(self._loaded().named_parameters(), getattr(torch, self.dtype))
 
     def close(self) -> None:
         self._model = None
@@ -156,11 +167,9 @@ class _Batch:
         self.logp = torch.zeros(rows, longest, device=device)
         self.topk_ids = torch.zeros(rows, longest, top_logprobs, dtype=torch.int64, device=device)
         self.topk_logp = torch.zeros(rows, longest, top_logprobs, device=device)
-        self.length = torch.full((rows,), longest, device=device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    def run(self, eos: Tensor, generator: torch.Generator) -> list[Completion]:
-        """Generate until every row has drawn one of ``eos`` or is full."""
+    def run(self, eos: Tensor, generator: torch.Generator) -> Iterator[tuple[int, Completion]]:
+        """Generate until every row has drawn one of ``eos`` or is full, and yield each row's number and response as it ends."""
         logits, cache, mask = self._read_prompts()
         running = torch.arange(len(self.ids), device=logits.device)  # [r] the row that each line of the model's batch continues
         for step in range(self.sampling.max_tokens):
@@ -168,17 +177,17 @@ class _Batch:
             self._record(step, running, drawn)
             ended = torch.isin(drawn.ids, eos)
             new = drawn.ids
-            if bool(ended.any()):  # the step's only wait for the device
-                self.length[running[ended]] = step + 1
-                self.finished[running[ended]] = True
+            if bool(ended.any()):  # a step that ends no row waits for the device here alone
+                yield from self._completions(running[ended], step + 1, finished=True)
                 kept = _without(ended)
                 cache.batch_select_indices(kept)
                 running, mask, new = running[kept], mask[kept], new[kept]
-            if not len(running) or step + 1 == self.sampling.max_tokens:
-                break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-            logits = self._forward(new[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
-        return self._completions()
+            if not len(running):
+                return
+            if step + 1 < self.sampling.max_tokens:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+                logits = self._forward(new[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
+        yield from self._completions(running, self.sampling.max_tokens, finished=False)
 
     def _read_prompts(self) -> tuple[Tensor, DynamicCache, Tensor]:
         """Each prompt once: logits ``[R, V]`` of the first response token, the cache, and the attention mask ``[R, S]``."""
@@ -207,14 +216,13 @@ class _Batch:
             self.topk_ids[running, step] = drawn.topk_ids
             self.topk_logp[running, step] = drawn.topk_logp
 
-    def _completions(self) -> list[Completion]:
-        tensors = [tensor.cpu() for tensor in (self.ids, self.logp, self.topk_ids, self.topk_logp)]
-        out = []
-        for row, (length, finished) in enumerate(zip(self.length.tolist(), self.finished.tolist(), strict=True)):
-            # clones, so that one short response does not keep the whole batch in memory
-            ids, logp, topk_ids, topk_logp = (tensor[row, :length].clone() for tensor in tensors)
-            out.append(Completion(ids, logp, finished, *((topk_ids, topk_logp) if self.top_logprobs else (None, None))))
-        return out
+    def _completions(self, rows: Tensor, length: int, finished: bool) -> Iterator[tuple[int, Completion]]:
+        """The responses of ``rows``, all of one length."""
+        tensors = [tensor[rows, :length].cpu() for tensor in (self.ids, self.logp, self.topk_ids, self.topk_logp)]
+        for i, row in enumerate(rows.tolist()):
+            # clones, so that a response that is kept or pickled does not bring the others along
+            ids, logp, topk_ids, topk_logp = (tensor[i].clone() for tensor in tensors)
+            yield row, Completion(ids, logp, finished, *((topk_ids, topk_logp) if self.top_logprobs else (None, None)))
 
 
 def _without(ended: Tensor) -> Tensor:

@@ -1,45 +1,33 @@
-"""vLLM as the sampler, in the trainer's own process.  The only file that imports vllm, and only when an engine starts."""
+"""vLLM as the sampler, in the trainer's own process; vllm is imported when an engine starts."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from copy import copy
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
+from cppo_lightning.rollout.capture import CapturedResponse
+from cppo_lightning.rollout.engine import Completion, OnCompletion, RolloutEngine, Sampling
+from cppo_lightning.rollout.process_state import process_state_kept, set_environment
 from cppo_lightning.rollout.requests import (
+    Completions,
     check_request,
     checked_weights,
     eos_token_ids,
     meta_parameters,
     read_config,
 )
+from cppo_lightning.rollout.vllm_settings import CPU_DEFAULTS, check_installed, check_settings, repack_output_head
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm import LLM, RequestOutput
-    from vllm.outputs import CompletionOutput
-
-DTYPES = ("float32", "bfloat16", "float16")
-INSTALL = "pip install 'cppo-lightning[vllm]' (with a GPU), make install-vllm (in a clone, without one)"
-# what VLLMEngine sets itself, and where the user says it instead
-RESERVED = {
-    "model": "the model's own setting",
-    "seed": "the seed of each call",
-    "dtype": "engine.dtype",
-    "max_logprobs": "engine.max_top_logprobs",
-    "gpu_memory_utilization": "engine.gpu_memory_utilization",
-    "max_model_len": "engine.max_model_len",
-    "logprobs_mode": "nothing: ratios need the processed ones",
-    "trust_remote_code": "nothing: no model brings its own code",
-}
+    from vllm import LLM, SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
 
 
 class VLLMEngine(RolloutEngine):
@@ -68,19 +56,8 @@ class VLLMEngine(RolloutEngine):
         max_model_len: int | None = None,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ConfigError(f"engine.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if max_top_logprobs < 0:
-            raise ConfigError(f"engine.max_top_logprobs must be at least 0, got {max_top_logprobs}")
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ConfigError(f"engine.gpu_memory_utilization must be in (0, 1], got {gpu_memory_utilization}")
-        if max_model_len is not None and max_model_len < 2:
-            raise ConfigError(f"engine.max_model_len must be at least 2, got {max_model_len}")
-        for key in engine_args or {}:
-            if key in RESERVED:
-                raise ConfigError(f"engine.engine_args.{key} is set by the engine; use {RESERVED[key]}")
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(f"engine VLLMEngine needs vLLM, which is not installed; install it with: {INSTALL}")
+        check_settings(dtype, max_top_logprobs, gpu_memory_utilization, max_model_len, engine_args or {})
+        check_installed(type(self).__name__)
         self.dtype = dtype
         self._max_top_logprobs = max_top_logprobs
         self.gpu_memory_utilization = gpu_memory_utilization
@@ -88,6 +65,7 @@ class VLLMEngine(RolloutEngine):
         self.engine_args = dict(engine_args or {})
         self._llm: LLM | None = None
         self._version = -1
+        self._request_ids = map(str, count())
 
     @property
     def max_top_logprobs(self) -> int:
@@ -109,8 +87,8 @@ class VLLMEngine(RolloutEngine):
         self._eos = eos_token_ids(model, self._config)
         self._parameters = meta_parameters(self._config)
         self._owns_process_group = not torch.distributed.is_initialized()
-        _set_environment()
-        with _process_state_kept(), warnings.catch_warnings():
+        set_environment()
+        with process_state_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports touch deprecated names of torch
             self._llm = self._load(model)
 
@@ -124,9 +102,7 @@ class VLLMEngine(RolloutEngine):
                 raise ConfigError(f"engine.engine_args.{key} is no engine argument of the installed vLLM")
         defaults: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
         if current_platform.is_cpu():
-            # compiling takes minutes and a C++ compiler and gains next to nothing; of a prompt only whole blocks are shared by
-            # its samples, and at the CPU's default of 128 tokens a short prompt is read once per sample
-            defaults |= {"enforce_eager": True, "block_size": 32}
+            defaults |= CPU_DEFAULTS
         return LLM(
             model=model,
             dtype=self.dtype,  # pyright: ignore[reportArgumentType]
@@ -147,32 +123,37 @@ class VLLMEngine(RolloutEngine):
         """
         llm = self._loaded()
         self._version = -1
-        with _process_state_kept():
+        with process_state_kept():
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_weights(weights, self._parameters)})
-            llm.apply_model(_repack_output_head)
+            llm.apply_model(repack_output_head)
         llm.reset_prefix_cache()
         self._version = version
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, top_logprobs: int = 0, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        top_logprobs: int = 0,
+        seed: int = 0,
+        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
-        """Draw ``n`` responses to each prompt, prompt-major.
+        """Draw ``n`` responses to each prompt, prompt-major; each is handed to ``on_completion`` at the step that ends it.
 
         Log-probabilities are vLLM's processed ones: float32, at the sampling temperature, renormalised over the kept set under
         truncation (-inf outside it).  Temperature 0 takes the most likely token and reports log-probabilities at temperature 1.
 
         Raises:
             ConfigError: n or top_logprobs cannot work, or a prompt leaves no room for ``max_tokens`` in the context.
-            RolloutError: a prompt is empty, or vLLM's answer is not one response per sample with its log-probabilities.
+            RolloutError: a prompt is empty, or vLLM aborted a response or returned other log-probabilities than asked for.
         """
         llm = self._loaded()
         check_request(self._config, prompts, n, sampling, top_logprobs, self.max_model_len)
         if top_logprobs > self.max_top_logprobs:
             raise ConfigError(f"top_logprobs {top_logprobs} should be at most engine.max_top_logprobs, {self.max_top_logprobs}")
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
         params = SamplingParams(
-            n=n,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -180,17 +161,48 @@ class VLLMEngine(RolloutEngine):
             min_p=sampling.min_p,
             stop_token_ids=self._eos,
             logprobs=top_logprobs,
-            flat_logprobs=True,
-            detokenize=False,
         )
         # a cached prompt would change which requests run together, and with it the draws of a resumed run
         llm.reset_prefix_cache()
-        requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        with _process_state_kept():
+        completions = Completions(len(prompts) * n, on_completion)
+        with process_state_kept():
             # vLLM in process draws from torch's global generator; its own per-request seeds crash on a CPU
             torch.manual_seed(seed)
-            answers = llm.generate(requests, params, use_tqdm=False)
-        return _completions(answers, len(prompts), n, top_logprobs)
+            self._run(llm.llm_engine, prompts, n, params, completions)
+        return completions.all()
+
+    def _run(
+        self, engine: LLMEngine, prompts: Sequence[Sequence[int]], n: int, params: SamplingParams, completions: Completions
+    ) -> None:
+        """What ``LLM.generate`` does, one level below: on the engine core, whose outputs still hold arrays.
+
+        What ends it early aborts the rest, so that the next call begins with none of it.
+        """
+        from vllm.inputs import tokens_input
+
+        core, running = engine.engine_core, dict[str, CapturedResponse]()
+        try:
+            for i, prompt in enumerate(prompts):
+                request = engine.input_processor.process_inputs(
+                    "", tokens_input(list(prompt)), params, supported_tasks=engine.get_supported_tasks()
+                )
+                for place in range(i * n, (i + 1) * n):
+                    sample = copy(request)
+                    # never used twice: steps under way may still answer for what an earlier call has aborted
+                    sample.request_id = next(self._request_ids)
+                    core.add_request(sample)
+                    running[sample.request_id] = CapturedResponse(place, params.logprobs or 0)
+            while running:
+                for output in core.get_output().outputs:
+                    response = running.get(output.request_id)
+                    if response is None:
+                        continue
+                    response.add(output.new_token_ids, output.new_logprobs)
+                    if output.finish_reason is not None:
+                        del running[output.request_id]
+                        completions.add(response.place, response.completion(str(output.finish_reason)))
+        finally:
+            core.abort_requests(list(running))
 
     def close(self) -> None:
         """Free vLLM's model, and the one-process group it made if there was none before."""
@@ -208,84 +220,3 @@ class VLLMEngine(RolloutEngine):
         if self._llm is None:
             raise RolloutError("the engine has no model: call start(model) first")
         return self._llm
-
-
-def _set_environment() -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights and random state are handed over in process
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    # binding would pin the trainer's threads as well, and those of every rank to the same cores
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-
-@contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """Put back what vLLM changes for the whole process: random states, ``torch.set_num_threads``, children's environment."""
-    import numpy as np
-
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    environment = {key: os.environ.get(key) for key in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        for key, value in environment.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-def _repack_output_head(model: torch.nn.Module) -> None:
-    """Renew what the head computes with: on a CPU vLLM 0.32 packs a tied head once, and a reload renews the embedding alone."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
-
-
-def _completions(answers: Sequence[RequestOutput], prompts: int, n: int, top_logprobs: int) -> list[Completion]:
-    """vLLM's answers as tensors, prompt-major.
-
-    Raises:
-        RolloutError: an answer is missing, was aborted, or its log-probabilities belong to other tokens.
-    """
-    if len(answers) != prompts:
-        raise RolloutError(f"vLLM answered {len(answers)} of {prompts} prompts")
-    out: list[Completion] = []
-    for i, answer in enumerate(answers):
-        samples = sorted(answer.outputs, key=lambda sample: sample.index)
-        if len(samples) != n or any(sample.finish_reason not in ("stop", "length") for sample in samples):
-            reasons = [sample.finish_reason for sample in samples]
-            raise RolloutError(f"prompt {i} of {prompts}: vLLM returned {len(samples)} of {n} samples, ended by {reasons}")
-        out.extend(_completion(sample, i, top_logprobs) for sample in samples)
-    return out
-
-
-def _completion(sample: CompletionOutput, prompt: int, top_logprobs: int) -> Completion:
-    """One sample; with fewer log-probabilities than tokens it is returned as it is, for ``Completion.check`` to refuse."""
-    from vllm.logprobs import FlatLogprobs
-
-    flat = sample.logprobs
-    if not isinstance(flat, FlatLogprobs):
-        raise RolloutError(f"prompt {prompt}: vLLM returned log-probabilities as {type(flat).__name__}, not FlatLogprobs")
-    # per token the sampled one, then the top-K
-    width = 1 + top_logprobs
-    rows = len(flat.logprobs) // width
-    logp = torch.tensor(flat.logprobs[: rows * width], dtype=torch.float32).view(rows, width)
-    token = torch.tensor(flat.token_ids[: rows * width], dtype=torch.int64).view(rows, width)
-    ids = torch.tensor(list(sample.token_ids), dtype=torch.int64)
-    if not torch.equal(token[:, 0], ids[:rows]):
-        raise RolloutError(f"prompt {prompt}: vLLM's log-probabilities belong to other tokens than it returned")
-    finished = sample.finish_reason == "stop"
-    if not top_logprobs:
-        return Completion(ids, logp[:, 0], finished)
-    return Completion(ids, logp[:, 0].clone(), finished, token[:, 1:].clone(), logp[:, 1:].clone())
