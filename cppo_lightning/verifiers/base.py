@@ -51,7 +51,11 @@ class Verifier(ABC):
         """Return a verdict; may raise (FAILED) or never return (killed at the deadline, TIMED_OUT)."""
 
     def prepare(self) -> None:
-        """Do what is slow the first time, imports above all.  Called once per worker, before any deadline runs."""
+        """Do what is slow the first time, imports above all.
+
+        Called once, before any deadline runs, in the process that the workers are forked from: start no threads and open no
+        connections there.
+        """
 
     def check(self, problem: Problem) -> None:
         """Raise ``ValueError`` if this problem's gold answer could never be verified.  Called once per problem."""

@@ -1,127 +1,157 @@
-"""One worker process of a verifier pool, as its parent sees it."""
+"""The processes of a verifier pool as those see them who start and end them."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
-from cppo_lightning.verifiers.protocol import Setup, write_frame
+from cppo_lightning.verifiers.channel import Channel
+from cppo_lightning.verifiers.protocol import MAX_REPLY, Setup
+from cppo_lightning.verifiers.worker import die_with_parent
 
-_MAX_REPLY = 1 << 20  # bytes without a line end after which a worker is taken to be broken
-
-
-class State(Enum):
-    STARTING = "starting"  # until it answers "ready"
-    IDLE = "idle"
-    SENT = "sent"  # a batch is on its way to it
-    BUSY = "busy"  # judging the first item of ``pending``
+_END_SECONDS = 5.0  # for a supervisor to kill its workers
 
 
-class WorkerProcess:
-    """A child with its pipes, never blocking the parent.
+class SupervisorProcess:
+    """The supervisor as its pool sees it: neither a fork of this process nor run with its ``__main__``.
 
     Attributes:
-        pending: the items it was given and has not judged, by number.
-        since: ``time.monotonic()`` of its last change of state or last verdict.
+        channel: to and from it, never blocking.
+        loaded: whether it has said that the verifier is there.
+        heard: ``time.monotonic()`` of its last message.
     """
 
     def __init__(self, setup: Setup) -> None:
         # One thread of OpenMP and BLAS each: their stacks on a machine with many cores would eat the memory limit.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
         path = os.pathsep.join(entry or os.getcwd() for entry in setup.sys_path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cppo_lightning.verifiers.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | threads | {"PYTHONPATH": path},
-            bufsize=0,
-            # Out of reach of the terminal's Ctrl-C, and killed together with whatever a verifier has started.
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self.stdin, self.stdout = self._process.stdin, self._process.stdout
-        os.set_blocking(self.stdin.fileno(), False)
-        os.set_blocking(self.stdout.fileno(), False)
-        self.pid = self._process.pid
-        self.pending: deque[int] = deque()
-        self.state = State.STARTING
-        self.since = time.monotonic()
-        self._read = bytearray()
-        self._unwritten = memoryview(write_frame(pickle.dumps(setup)))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Unbuffered, so that nothing printed while loading is printed again by every fork.
+            command = [sys.executable, "-u", "-P", "-m", "cppo_lightning.verifiers.supervisor", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                env=os.environ | threads | {"PYTHONPATH": path},
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C
+            )
+        ours.setblocking(False)
+        self.channel = Channel(ours, MAX_REPLY)
+        self.channel.send(pickle.dumps(setup))
+        self.loaded = False
+        self.heard = time.monotonic()
+
+    def end(self) -> int:
+        """Have it end its workers and itself; how it ended, as ``Popen.returncode`` does."""
+        if self.loaded:
+            try:
+                self.channel.connection.shutdown(socket.SHUT_RDWR)
+                self._process.wait(_END_SECONDS)
+            except (OSError, subprocess.TimeoutExpired):  # gone, or stopped by someone: the kernel ends its workers with it
+                self._process.kill()
+        else:
+            self._process.kill()
+        self.channel.close()
+        return self._process.wait()
+
+    def forget(self) -> None:
+        """Close this process's end without touching the supervisor, which belongs to another process."""
+        self.channel.close()
+        self._process.returncode = 0
+
+
+@dataclass
+class Task:
+    """An item on its way to a verdict."""
+
+    number: int
+    payload: bytes
+    tries: int = 0  # workers that died over it
+    faults: int = 0  # of these, by anything but a SIGKILL from outside
+
+
+class State(Enum):
+    IDLE = "idle"
+    SENT = "sent"  # a batch is on its way to it
+    BUSY = "busy"  # judging the first task of ``pending``
+
+
+class WorkerProcess:
+    """A worker as its supervisor sees it: a fork.
+
+    Args:
+        serve: what it does with its channel.
+        inherited: the supervisor's channels, which are none of its business.
+
+    Attributes:
+        pending: what it was given and has not judged.
+        used: whether it has judged anything.
+    """
+
+    def __init__(self, serve: Callable[[Channel], None], inherited: Sequence[Channel]) -> None:
+        ours, theirs = socket.socketpair()
+        supervisor = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                # A session of its own, so that it is killed together with whatever a verifier has started.
+                os.setsid()
+                die_with_parent(supervisor)
+                ours.close()
+                for channel in inherited:
+                    channel.close()
+                serve(Channel(theirs))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                raise
+            finally:
+                os._exit(1)
+        theirs.close()
+        ours.setblocking(False)
+        self.channel = Channel(ours, MAX_REPLY)
+        self.pending: deque[Task] = deque()
+        self.used = False
+        self.to(State.IDLE)
 
     @property
     def age(self) -> float:
-        """Seconds since the clock was restarted."""
+        """Seconds since it entered its state or gave its last verdict."""
         return time.monotonic() - self.since
 
     def to(self, state: State) -> None:
         """Enter ``state`` and restart the clock."""
         self.state, self.since = state, time.monotonic()
 
-    def give(self, items: list[int], payloads: list[bytes]) -> None:
-        """Hand a batch to an idle worker; ``write`` sends it."""
-        self.pending.extend(items)
-        self._unwritten = memoryview(write_frame(pickle.dumps(payloads)))
+    def give(self, tasks: Sequence[Task]) -> None:
+        """Hand a batch to an idle worker."""
+        self.pending.extend(tasks)
+        self.channel.send(pickle.dumps([task.payload for task in tasks]))
+        self.channel.write()
         self.to(State.SENT)
 
-    @property
-    def wants_to_write(self) -> bool:
-        return len(self._unwritten) > 0
-
-    def write(self) -> None:
-        """Send as much as the pipe takes."""
+    def kill(self) -> int:
+        """End the process and all that it started; its exit status, or the signal that ended it, negative."""
         try:
-            self._unwritten = self._unwritten[os.write(self.stdin.fileno(), self._unwritten) :]
-        except BlockingIOError:
-            return
-        except BrokenPipeError:  # the worker has gone, which ``read`` will tell after the worker's last words
-            self._unwritten = memoryview(b"")
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # not yet, or no longer, the leader of a session
+            os.kill(self.pid, signal.SIGKILL)
+        self.channel.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
-    def read(self) -> list[dict[str, Any]] | None:
-        """The replies that have come; None once the worker has gone.
 
-        Raises:
-            ValueError: something that is not a line with a JSON object.
-        """
-        try:
-            received = os.read(self.stdout.fileno(), 1 << 16)
-        except BlockingIOError:
-            return []
-        if not received:
-            return None
-        self._read += received
-        *lines, rest = self._read.split(b"\n")
-        if len(rest) > _MAX_REPLY:
-            raise ValueError(f"a reply of more than {_MAX_REPLY} bytes")
-        self._read = bytearray(rest)
-        messages = [json.loads(line) for line in lines]
-        if not all(isinstance(message, dict) for message in messages):
-            raise ValueError("a reply that is not a JSON object")
-        return messages
-
-    def kill(self) -> str:
-        """End the process and all that it started; how it ended, in words."""
-        if self._process.poll() is None:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # not yet, or no longer, the leader of a session
-                self._process.kill()
-        code = self._process.wait()
-        self.stdin.close()
-        self.stdout.close()
-        return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-
-    def forget(self) -> None:
-        """Close this process's ends of the pipes without touching the worker, which belongs to another process."""
-        self.stdin.close()
-        self.stdout.close()
-        self._process.returncode = 0
+def in_words(code: int) -> str:
+    """An exit status as ``Popen.returncode`` has it."""
+    return f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
