@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+
+# what ends a line for some readers, is no UTF-8 by itself, or drives a terminal, and json.dumps leaves as it is
+_ESCAPED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -46,9 +51,14 @@ class PredictionWriter(BasePredictionWriter):
         """Runs after each batch of problems: appends its responses."""
         with self._path.open("a", encoding="utf-8") as file:
             for row in prediction:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(_json_line(row))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after the last prediction: says where they are."""
         if trainer.is_global_zero:
             print(f"predictions: {self._path}")
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    """``row`` as JSON that is one line for every reader, other scripts than Latin left readable."""
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(row, ensure_ascii=False)) + "\n"

@@ -70,7 +70,7 @@ def as_markdown(sample: Sample, max_chars: int) -> str:
     texts += [("response", sample.text), ("answer", sample.problem.answer), ("read as", verdict.extracted or "(nothing)")]
     texts += [("verifier", verdict.detail)] if verdict.detail else []
     for title, text in texts:
-        parts.append(f"*{_printable(title)}*\n\n{_literal(text, max_chars)}")
+        parts.append(f"*{_plain(title)}*\n\n{_literal(text, max_chars)}")
     return "\n\n".join(parts)
 
 
@@ -81,6 +81,11 @@ def _literal(text: str, max_chars: int) -> str:
         text = f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[len(text) - half :]}"
     lines = [part for line in _printable(text).split("\n") for part in (textwrap.wrap(line, COLUMNS) or [""])]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def _plain(title: str) -> str:
+    """A title without what Markdown or HTML could take for markup: a data set may call its roles anything."""
+    return "".join(c if c.isalnum() or c in " -_" else "?" for c in title)
 
 
 def _printable(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,6 +21,7 @@ from cppo_lightning.mismatch import Anchor, MismatchCorrection, RecomputedBatch,
 from cppo_lightning.policy import Policy, PolicyConfig, ResponseLogProbs
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.trust_regions import TrustRegion
+from cppo_lightning.untrusted import WeightsOnly, check_no_code, refusing
 from cppo_lightning.verifiers.base import Outcome
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class RLVRModule(LightningModule):
         mismatch: correction for the difference between pi_old and mu, only with ``anchor: recomputed``; None for none.
 
     Raises:
-        ConfigError: a value outside its range, or an anchor that the trust region or the correction does not go with.
+        ConfigError: a value outside its range, an anchor that the trust region or the correction does not go with, or a model
+            that only code of its own could load.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class RLVRModule(LightningModule):
         if max_grad_norm is not None and max_grad_norm <= 0:
             raise ConfigError(f"model.max_grad_norm must be above 0, or null for no clipping, got {max_grad_norm}")
         check_anchor(trust_region, anchor, mismatch)
+        check_no_code(policy.path)
         self.automatic_optimization = False
         self.policy_config = policy
         self.trust_region = trust_region
@@ -98,6 +101,12 @@ class RLVRModule(LightningModule):
         self.mismatch = mismatch
         self.policy: Policy | None = None
         self.reference: Policy | None = None
+
+    def setup(self, stage: str) -> None:
+        """Runs before any checkpoint is read, and sees to it that none is unpickled, wherever it comes from."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy.checkpoint_io, WeightsOnly):
+            strategy.checkpoint_io = WeightsOnly(strategy.checkpoint_io)
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -266,3 +275,9 @@ class RLVRModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.reference is not None:
             checkpoint["state_dict"] |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's, which needs ``policy`` and ``trust_region`` besides; only tensors and plain values are read."""
+        with refusing(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})

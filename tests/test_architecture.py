@@ -16,7 +16,7 @@ ROOT = "cppo_lightning"
 # A module imports from columns to its left only, or from its own package.
 ORDER = (
     {"errors"},
-    {"batch"},
+    {"batch", "untrusted"},
     {"divergences", "advantages", "losses", "logprobs", "theory", "small_models"},
     {"trust_regions", "verifiers", "policy", "metrics"},
     {"mismatch"},
@@ -116,10 +116,12 @@ def test_the_rule_sees_what_is_wrong(tmp_path: Path, line: str, expected: bool) 
     assert bool(violations({f"{ROOT}.trust_regions.mine": file})) is expected
 
 
-def test_vllm_is_imported_lazily_in_one_file() -> None:
+def test_vllm_is_imported_lazily_in_its_own_files() -> None:
+    """The worker extension runs inside a vLLM server and is the one that may import it at once."""
     found = [(name, *used) for name, file in sources().items() for used in imports(name, file)]
     users = {(name, eager) for name, imported, eager in found if imported.split(".")[0] == "vllm"}
-    assert users <= {(f"{ROOT}.rollout.vllm_engine", False)}
+    assert {name for name, _ in users if not name.startswith(f"{ROOT}.rollout.vllm_")} == set()
+    assert {name for name, eager in users if eager} <= {f"{ROOT}.rollout.vllm_worker"}
 
 
 def test_the_root_and_the_verifiers_do_without_torch() -> None:
