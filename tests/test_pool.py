@@ -137,6 +137,17 @@ def test_a_worker_has_no_torch() -> None:
     assert done.stdout.split() == ["False", "True"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+def test_workers_get_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "aws_secret_access_key", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "kept-or-not")
+    with VerifierPool(MathAnswer(), workers=1) as pool:
+        pool.judge([(Problem("p", (), "1"), "\\boxed{1}")])
+        environment = Path(f"/proc/{pool.pids[0]}/environ").read_bytes()
+    names = [entry.partition(b"=")[0] for entry in environment.split(b"\0") if entry.endswith(b"=kept-or-not")]
+    assert names == [b"TOKENIZERS_PARALLELISM"]
+
+
 def test_a_worker_of_a_torch_process_has_no_torch(moody) -> None:
     assert "torch" in sys.modules
     with VerifierPool(moody.Moody(), workers=1) as pool:

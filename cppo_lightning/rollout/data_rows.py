@@ -71,7 +71,7 @@ def _table_rows(path: str, loader: str, **arguments: Any) -> Iterator[RawRow]:
 
     try:
         table = datasets.load_dataset(loader, **arguments)
-    except (OSError, ValueError, TypeError, DatasetsError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:  # RuntimeError: a set with a script
         raise ConfigError(
             f"DatasetPrompts.path: cannot load {path!r} ({error}); it must be a readable file, or a hub data set that can be "
             "reached or is in the cache, with the right name and split"

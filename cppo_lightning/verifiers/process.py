@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +21,13 @@ from cppo_lightning.verifiers.protocol import MAX_REPLY, Setup
 from cppo_lightning.verifiers.worker import die_with_parent
 
 _END_SECONDS = 5.0  # for a supervisor to kill its workers
+
+# Verifiers read what a model wrote and need no credentials.
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY$", re.IGNORECASE)
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not _SECRET.search(name)}
 
 
 class SupervisorProcess:
@@ -44,7 +52,7 @@ class SupervisorProcess:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                env=os.environ | threads | {"PYTHONPATH": path},
+                env=_without_secrets(os.environ) | threads | {"PYTHONPATH": path},
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
         ours.setblocking(False)
