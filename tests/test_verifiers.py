@@ -1,284 +1,37 @@
-"""Verifiers: what counts as the same answer, compared with exact arithmetic and with real gold answers; nothing is executed."""
+"""The other verifiers, what they are made of, and that none of them executes an answer."""
 
 from __future__ import annotations
 
-import json
 import pickle
-import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
 
+from cppo_lightning.cli import main
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.verifiers import MathAnswer, Outcome, Problem, ReasoningGym, VerifierPool
-from cppo_lightning.verifiers.normalise import last_boxed, read_number
+from cppo_lightning.verifiers import (
+    ByDataset,
+    Format,
+    MathAnswer,
+    Outcome,
+    Problem,
+    ReasoningGym,
+    Verdict,
+    Verifier,
+    VerifierPool,
+    WeightedSum,
+)
 from cppo_lightning.verifiers.reasoning_gym import EVALUATES_ANSWERS
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-
-# Real dressings of the answer 25.
-DRESSED = [
-    *(
-        r"\boxed{25}",
-        r"\boxed{025}",
-        r"$\boxed{25}$.",
-        r"\[\boxed{25}\]",
-        r"\boxed{ {25} }",
-        r"\fbox{25}",
-        r"\boxed{\boxed{25}}",
-    ),
-    *(
-        "Answer: 25",
-        "**Answer:** 25",
-        "**Answer: 25**",
-        "Answer: **25**",
-        "### Final Answer: 25",
-        "The answer is: 25",
-        "answer:25",
-    ),
-    *("Answer: $25$", "Answer: \\(25\\)", r"Answer: \[25\]", "Answer: 25.", "Answer: 25.0", "Answer: +25", "Answer: `25`"),
-    *(r"Answer: \boxed{25}", "Answer:\n\n25", 'Answer: "25"', "Answer: \uff12\uff15", "Answer: 25\u00b0", "Answer: $25"),
-    *(
-        "Answer: 25 dollars",
-        "Answer: 25 square units",
-        "Answer: 25 km/h",
-        "Answer: x = 25",
-        "Answer: $x=25$",
-        r"\boxed{x = 25}",
-    ),
-    *(
-        r"\boxed{\text{25}}",
-        r"\boxed{\textbf{25}}",
-        r"\boxed{25^\circ}",
-        r"\boxed{25\%}",
-        r"\boxed{\$25}",
-        r"\boxed{25\text{ cm}^2}",
-    ),
-    *(r"\boxed{25 \, \text{dollars}}", r"\boxed{25\,\mathrm{m/s}}", r"\\boxed{25}", r"an open brace { and \boxed{25}"),
-    *("<think>\\boxed{3}</think>\\boxed{25}", "Answer: 24\nno,\nAnswer: 25", r"first \boxed{24}, then \boxed{25}"),
-]
-# Not the answer 25: other values, sums that are not done, and what only contains 25.
-WRONG = [
-    *(r"\boxed{20+5}", r"\boxed{5^2}", r"\boxed{\frac{50}{2}}", r"\boxed{\sqrt{625}}", r"\boxed{5\cdot5}", r"\boxed{2**5}"),
-    *(
-        r"\boxed{\sum_{k=1}^{5}5}",
-        r"\boxed{25!}",
-        r"\boxed{25i}",
-        r"\boxed{25\pi}",
-        r"\boxed{25x}",
-        "Answer: 25 x",
-        r"\boxed{2.5e1}",
-    ),
-    *(r"\boxed{-25}", "Answer: \u221225", r"\boxed{2 5}", r"\boxed{25,26}", r"\boxed{25 \text{ or } 26}", "Answer: 25 or 26"),
-    *(
-        "Answer: 25 million",
-        r"\boxed{25 \text{ million}}",
-        "Answer: 25 factorial",
-        "Answer: 25.5",
-        "Answer: 25\u00b2",
-        "Answer: 0,025",
-    ),
-    *(
-        r"\boxed{x>=25}",
-        r"\boxed{x \neq 25}",
-        r"\boxed{25_{7}}",
-        "Answer: 25\nAnswer: 26",
-        r"\boxed{25} no, \boxed{26}",
-        "Answer: $Answer",
-    ),
-]
-UNREAD = [
-    "25",
-    "the sum is 25",
-    r"\boxed{25",
-    r"\boxed{}",
-    "Answer:",
-    "",
-    "<think>\\boxed{25}",
-    "\\boxed{25}</think>",
-    r"boxed{25}",
-]
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def problem(answer: str) -> Problem:
-    return Problem("p", ({"role": "user", "content": "?"},), answer)
-
-
-def outcome(gold: str, response: str) -> Outcome:
-    return MathAnswer()(problem(gold), response).outcome
-
-
-@pytest.mark.parametrize("response", DRESSED)
-def test_integer_in_its_dressings(response: str) -> None:
-    verdict = MathAnswer()(problem("25"), response)
-    assert (verdict.outcome, verdict.reward) == (Outcome.CORRECT, 1.0), verdict
-
-
-@pytest.mark.parametrize("response", WRONG)
-def test_what_is_not_the_integer(response: str) -> None:
-    verdict = MathAnswer()(problem("25"), response)
-    assert (verdict.outcome, verdict.reward) == (Outcome.WRONG, 0.0), verdict
-
-
-@pytest.mark.parametrize("response", UNREAD)
-def test_no_answer_is_not_a_wrong_answer(response: str) -> None:
-    verdict = MathAnswer()(problem("25"), response)
-    assert (verdict.outcome, verdict.reward) == (Outcome.UNPARSEABLE, 0.0), verdict
-
-
-def test_bare_number_only_when_asked_for() -> None:
-    bare = MathAnswer(bare=True)
-    assert bare(problem("25"), " 25.\n").outcome is Outcome.CORRECT
-    assert bare(problem("25"), "24").outcome is Outcome.WRONG
-    assert bare(problem("25"), "It is 25").outcome is Outcome.UNPARSEABLE
-
-
-def dress(value: Fraction, rng: random.Random) -> str:
-    """One of the spellings of a number."""
-    sign, size = ("-" if value < 0 else rng.choice(["", "+"])), abs(value)
-    if size.denominator == 1:
-        separators = [",", "{,}", "\\,", " ", ",\\!"]
-        plain = rng.choice(["", "0", "00"]) + str(size)
-        text = rng.choice([plain, f"{size.numerator:,}".replace(",", rng.choice(separators)), f"{size}.00"])
-    else:
-        k = rng.randint(1, 4)
-        top, bottom = size.numerator * k, size.denominator * k
-        spelled = [rf"\frac{{{top}}}{{{bottom}}}", rf"\dfrac{{{top}}}{{{bottom}}}", f"{top}/{bottom}"]
-        if size > 1:
-            spelled.append(rf"{top // bottom}\frac{{{top % bottom}}}{{{bottom}}}")
-        if 10**6 % size.denominator == 0:
-            spelled.append(str(float(size)))
-        text = rng.choice(spelled)
-    around = [
-        ("", ""),
-        ("$", "$"),
-        ("\\(", "\\)"),
-        ("x = ", ""),
-        ("", "."),
-        ("**", "**"),
-        ("\\text{", "}"),
-        ("", "\\text{ units}"),
-    ]
-    before, after = rng.choice(around)
-    return before + sign + text + after
-
-
-def test_numbers_agree_with_exact_arithmetic() -> None:
-    """Two spelled numbers are the same answer exactly when their values are equal."""
-    rng = random.Random(0)
-    equal = 0
-    for _ in range(5000):
-        a = Fraction(rng.randint(-3000, 3000), rng.choice([1, 1, 2, 3, 8, 25]))
-        b = a if rng.random() < 0.5 else rng.choice([-a, a + 1, a - 1, a * 10, Fraction(rng.randint(-3000, 3000))])
-        gold, answer = dress(a, rng), dress(b, rng)
-        assert read_number(gold) is not None, gold
-        assert (read_number(gold) == read_number(answer)) == (a == b), (gold, answer)
-        equal += a == b
-    assert 2000 < equal < 3500
-
-
-LATEX = [
-    (r"\frac{14}{3}", r"\dfrac{14}{3}", True),
-    (r"\frac{1}{2}", "0.5", True),
-    (r"\frac{1}{2}", r"\frac13+\frac16", False),
-    (r"10\frac{1}{12}", r"\frac{121}{12}", True),
-    (r"k = \frac{-33}{2}", "-16.5", True),
-    (r"\$42409", "42,409", True),
-    (r"90^\circ", "90", True),
-    (r"3\sqrt{13}", r"\sqrt{117}", True),
-    (r"3\sqrt{13}", r"3\sqrt{14}", False),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", True),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(\pi/2, 3)", False),
-    ("[0,3)", "[0, 3)", True),
-    ("[0,3)", "(0,3)", False),
-    ("p - q", "-q+p", True),
-    ("p - q", "q-p", False),
-    (r"\text{Evelyn}", "Evelyn", True),
-    (r"\text{Evelyn}", "Evan", False),
-    ("x^2+2x+1", "(x+1)^2", True),
-    (r"\pi", r"\int_0^{\pi} 1 dx", False),
-    (r"\binom{n}{2}", r"\binom{n}{2}", True),
-]
-
-
-@pytest.mark.parametrize(("gold", "answer", "same"), LATEX)
-def test_latex(gold: str, answer: str, same: bool) -> None:
-    assert outcome(gold, f"so it is \\boxed{{{answer}}}") is (Outcome.CORRECT if same else Outcome.WRONG)
-
-
-def test_brace_matching_is_linear_and_agrees_with_counting() -> None:
-    rng = random.Random(1)
-    for _ in range(2000):
-        text = "".join(rng.choice([r"\boxed{", "{", "}", "a", r"\{"]) for _ in range(14))
-        assert last_boxed(text) == slow_last_boxed(text), text
-    assert last_boxed("\\boxed{" * 300_000 + "7" + "}" * 300_000) is not None
-    assert last_boxed("\\boxed{" * 300_000) is None
-
-
-def slow_last_boxed(text: str) -> str | None:
-    """The box whose matching brace is furthest to the right, by counting from each opening anew."""
-    best: tuple[int, str] | None = None
-    for start in range(len(text)):
-        if text.startswith(r"\boxed{", start):
-            depth, i = 1, start + 7
-            while i < len(text) and depth:
-                if text[i] == "\\" and text[i + 1 : i + 2] in ("{", "}"):
-                    i += 1
-                else:
-                    depth += {"{": 1, "}": -1}.get(text[i], 0)
-                i += 1
-            if not depth and (best is None or i > best[0]):
-                best = i, text[start + 7 : i - 1]
-    return None if best is None else best[1]
-
-
-def gold_rows(name: str) -> Iterator[dict[str, str]]:
-    path = DATA / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not here")
-    with path.open() as lines:
-        yield from map(json.loads, lines)
-
-
-@pytest.mark.parametrize("name", ["math500", "gsm8k_test", "gsm8k_train", "aime2024", "aime2025", "aime2026", "aime_1983_2023"])
-def test_every_gold_answer_verifies_itself(name: str) -> None:
-    verifier, failed, read = MathAnswer(), [], 0
-    for row in gold_rows(name):
-        asked = Problem(row["id"], (), row["answer"])
-        verifier.check(asked)
-        styles = (
-            f"\\boxed{{{row['answer']}}}",
-            f"**Answer:** ${row['answer']}$.",
-            f"<think>no</think>\nAnswer: {row['answer']}",
-        )
-        failed += [(row["id"], s) for s in styles if verifier(asked, s).outcome is not Outcome.CORRECT]
-        read += 1
-    assert read >= 30
-    assert failed == []
-
-
-@pytest.mark.parametrize("name", ["gsm8k_test", "aime_1983_2023"])
-def test_no_neighbour_of_a_gold_answer_is_accepted(name: str) -> None:
-    rows = list(gold_rows(name))
-    for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
-        value = int(row["answer"])
-        for wrong in {value + 1, value - 1, -value, value * 10, int(str(abs(value))[::-1]), int(other["answer"])} - {value}:
-            assert outcome(row["answer"], f"\\boxed{{{wrong}}}") is Outcome.WRONG, (row["id"], wrong)
-
-
-@pytest.mark.parametrize("answer", ["", "  ", "{", "}{", "1" * 1001])
-def test_gold_answers_that_cannot_be_verified(answer: str) -> None:
-    with pytest.raises(ValueError, match="answer"):
-        MathAnswer().check(problem(answer))
-
-
-def test_bad_setting() -> None:
-    with pytest.raises(ConfigError, match="max_chars must be at least 1, got 0"):
-        MathAnswer(max_chars=0)
+def problem(answer: str, dataset: str = "") -> Problem:
+    return Problem("p", ({"role": "user", "content": "?"},), answer, dataset=dataset)
 
 
 # --- nothing that a model writes is executed ---------------------------------------------------------------------------------
@@ -393,8 +146,146 @@ def test_reasoning_gym_check() -> None:
         ReasoningGym()(Problem("r", (), "7", metadata={"task": "countdown", "entry": {}}), "7")
 
 
+# --- format, sums, and one verifier for each data set ------------------------------------------------------------------------
+
+TAGGED = Format(r"\A<think>.*</think>")
+SUMMED = WeightedSum({"answer": MathAnswer(), "form": TAGGED}, {"answer": 1.0, "form": 0.25})
+
+
+class Raises(Verifier):
+    """Cannot judge, check or prepare anything."""
+
+    def __call__(self, problem: Problem, response: str) -> Verdict:
+        raise OverflowError("too much")
+
+    def check(self, problem: Problem) -> None:
+        raise ValueError("never right")
+
+    def prepare(self) -> None:
+        raise ImportError("not there")
+
+
+def test_format() -> None:
+    assert TAGGED(problem("5"), "<think>a\nb</think>c") == Verdict(Outcome.CORRECT, 1.0, "<think>a\nb</think>")
+    assert TAGGED(problem("5"), " <think></think>") == Verdict(Outcome.WRONG, 0.0)
+    with pytest.raises(ConfigError, match=r"Format.pattern '\(' is not a regular expression"):
+        Format("(")
+
+
+def test_a_pattern_that_never_ends_is_stopped() -> None:
+    with VerifierPool(Format(r"\A(a+)+\Z"), workers=1, deadline=1.0) as pool:
+        verdicts = pool.judge([(problem("5"), "a" * 60 + "b"), (problem("5"), "aaa")])
+    assert [verdict.outcome for verdict in verdicts] == [Outcome.TIMED_OUT, Outcome.CORRECT]
+
+
+@pytest.mark.parametrize(
+    ("response", "outcome", "extracted", "reward", "parts"),
+    [
+        (r"<think></think>\boxed{5}", Outcome.CORRECT, "5", 1.25, {"answer": 1.0, "form": 1.0}),
+        (r"\boxed{5}", Outcome.CORRECT, "5", 1.0, {"answer": 1.0, "form": 0.0}),
+        (r"<think></think>\boxed{6}", Outcome.WRONG, "6", 0.25, {"answer": 0.0, "form": 1.0}),
+        ("<think></think>", Outcome.UNPARSEABLE, None, 0.25, {"answer": 0.0, "form": 1.0}),
+        ("", Outcome.UNPARSEABLE, None, 0.0, {"answer": 0.0, "form": 0.0}),
+    ],
+)
+def test_weighted_sum(response: str, outcome: Outcome, extracted: str | None, reward: float, parts: dict[str, float]) -> None:
+    assert SUMMED(problem("5"), response) == Verdict(outcome, reward, extracted, parts=parts)
+
+
+def test_weighted_sum_checks_by_its_first_and_fails_with_any() -> None:
+    SUMMED.check(problem("5"))
+    WeightedSum({"answer": MathAnswer(), "other": Raises()}, {"answer": 1, "other": 1}).check(problem("5"))
+    with pytest.raises(ValueError, match="unmatched braces"):
+        SUMMED.check(problem("{"))
+    broken = WeightedSum({"answer": MathAnswer(), "other": Raises()}, {"answer": 1, "other": 0})
+    with pytest.raises(OverflowError):
+        broken(problem("5"), r"\boxed{5}")
+    with pytest.raises(ImportError):
+        broken.prepare()
+
+
+@pytest.mark.parametrize(
+    ("verifiers", "weights", "message"),
+    [
+        ({}, {}, "WeightedSum.verifiers is empty"),
+        ({"a": TAGGED}, {"b": 1.0}, r"WeightedSum.weights has the names \['b'\] and WeightedSum.verifiers \['a'\]"),
+        ({"a": TAGGED}, {"a": float("nan")}, r"WeightedSum.weights\['a'\] must be a finite number, got nan"),
+    ],
+)
+def test_weights_that_do_not_fit(verifiers: dict[str, Verifier], weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        WeightedSum(verifiers, weights)
+
+
+def test_by_dataset() -> None:
+    verifier = ByDataset({"sums": MathAnswer(), "forms": TAGGED})
+    verifier.prepare()
+    assert verifier(problem("5", "sums"), r"\boxed{5}").outcome is Outcome.CORRECT
+    assert verifier(problem("5", "forms"), r"\boxed{5}").outcome is Outcome.WRONG
+    verifier.check(problem("{", "forms"))
+    with pytest.raises(ValueError, match="unmatched braces"):
+        verifier.check(problem("{", "sums"))
+    for call in (lambda: verifier.check(problem("5", "other")), lambda: verifier(problem("5"), "")):
+        with pytest.raises(ValueError, match=r"no verifier for the data set .*ByDataset has sums, forms"):
+            call()
+    with pytest.raises(ConfigError, match=r"ByDataset\.verifiers is empty"):
+        ByDataset({})
+    with pytest.raises(ImportError):
+        ByDataset({"a": Raises()}).prepare()
+
+
+NESTED = """
+data:
+  verifier:
+    class_path: cppo_lightning.verifiers.ByDataset
+    init_args:
+      verifiers:
+        forms: {class_path: cppo_lightning.verifiers.Format, init_args: {pattern: "a+"}}
+        sums:
+          class_path: cppo_lightning.verifiers.WeightedSum
+          init_args:
+            weights: {answer: 1, form: 0.25}
+            verifiers:
+              answer: {class_path: cppo_lightning.verifiers.MathAnswer, init_args: {bare: true}}
+              form: {class_path: cppo_lightning.verifiers.Format, init_args: {pattern: "</think>"}}
+"""
+
+
+@pytest.fixture
+def own_sys_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``main`` puts the working folder on it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.mark.usefixtures("own_sys_path")
+def test_verifiers_in_verifiers_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line takes them, its own output says the same again, and what it says builds them."""
+    (tmp_path / "nested.yaml").write_text(NESTED)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(CONFIGS / "debug.yaml"), "--config", str(tmp_path / "nested.yaml"), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["data"]["verifier"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--verifier", type=Verifier)
+    summed = WeightedSum({"answer": MathAnswer(bare=True), "form": Format("</think>")}, {"answer": 1, "form": 0.25})
+    built = parser.instantiate(parser.parse_object({"verifier": printed})).verifier
+    assert built == ByDataset({"forms": Format("a+"), "sums": summed})
+    assert list(built.verifiers["sums"].verifiers) == ["answer", "form"]
+
+
+@pytest.mark.usefixtures("own_sys_path")
+def test_weights_are_checked_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "nested.yaml").write_text(NESTED.replace("answer: 1,", "anwser: 1,"))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(CONFIGS / "debug.yaml"), "--config", str(tmp_path / "nested.yaml")])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "WeightedSum.weights has the names ['anwser', 'form']" in error
+    assert "Traceback" not in error
+
+
 def test_verifiers_travel_and_are_light() -> None:
-    for verifier in (MathAnswer(bare=True), ReasoningGym(partial_credit=True)):
+    nested = ByDataset({"a": SUMMED, "b": ReasoningGym(partial_credit=True)})
+    for verifier in (MathAnswer(bare=True), ReasoningGym(partial_credit=True), nested):
         assert pickle.loads(pickle.dumps(verifier)) == verifier
     heavy = "[m for m in ('torch', 'sympy', 'reasoning_gym', 'transformers') if m in sys.modules]"
     done = subprocess.run(
@@ -404,9 +295,3 @@ def test_verifiers_travel_and_are_light() -> None:
         check=True,
     )
     assert done.stdout.strip() == "[]"
-
-
-def test_gold_answers_of_latex_sets_pass_the_pool_check() -> None:
-    rows = [Problem(row["id"], (), row["answer"]) for row in gold_rows("math500")]
-    with VerifierPool(MathAnswer()) as pool:
-        assert [p.id for p, v in zip(rows, pool.check(rows), strict=True) if v.outcome is not Outcome.CORRECT] == []

@@ -1,17 +1,17 @@
-"""Mathematical answers: numbers by normalising their text, everything else by math-verify on a short, boxed extract."""
+"""Mathematical answers: the last box or ``Answer:`` line of a response against the gold answer."""
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.verifiers import symbolic
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict, Verifier
+from cppo_lightning.verifiers.equality import same
 from cppo_lightning.verifiers.normalise import (
     balanced,
+    compact,
     last_answer_line,
     last_boxed,
     read_number,
@@ -19,10 +19,17 @@ from cppo_lightning.verifiers.normalise import (
     strip_thinking,
     undress,
 )
+from cppo_lightning.verifiers.structure import split
 
-# Writing the question down again is no answer: these may stand in a response only if the gold answer has them too.
-_UNEVALUATED = re.compile(
-    r"\\(?:sum|prod|coprod|i*int|oint|lim|limsup|liminf|max|min|gcd|lcm|[dt]?binom|det|operatorname)(?![A-Za-z])|!|\\frac\s*\{\s*d\s*\}"
+_OPERATION = re.compile(r"[-+^*/]|\\(?:frac|sqrt|cdot|times)")
+
+# One of each kind of formula, since ANTLR learns its grammar as it reads.
+_WARM_UP = (
+    (r"\frac{3\sqrt{2}}{2}-\pi", r"-\frac{x^{2}+3x}{\sqrt[3]{y}}"),
+    (r"\left(x+1\right)(2x-3)^{12}", r"\sin^{2}\theta+\log_{2}5-e^{-i}"),
+    (r"y=-\frac{1}{2}x+2k", r"2x-y\le a_{1}"),
+    (r"\{1\pm\sqrt{5},-2\}", r"(-\infty,-2)\cup[3,\infty)"),
+    (r"|x|\cdot 90^{\circ}", r"\begin{pmatrix}1&0\\0&-1\end{pmatrix}"),
 )
 
 
@@ -30,7 +37,13 @@ _UNEVALUATED = re.compile(
 class MathAnswer(Verifier):
     r"""Reads the last ``\boxed{...}``, else the last ``Answer:`` line, and compares it with the gold answer.
 
-    A gold number is compared as a number that was written out: ``025``, ``25.0`` and ``\$25`` are 25, and ``20+5`` is not.
+    A gold number is compared as a number that was written out: ``025``, ``25.0`` and ``\$25`` are 25, and ``20+5`` is not;
+    ``\frac{6}{8}`` and ``0.75`` are ``\frac{3}{4}``, and ``1-\frac{1}{4}`` is not.  Units are not compared.  Answers made of
+    several are compared part by part: points, intervals and matrices in order, lists and sets in any.  Other LaTeX is right
+    if it has the gold answer's value and leaves no more arithmetic undone: ``\sqrt{20}`` is ``2\sqrt{5}``, and
+    ``\sqrt{5}+\sqrt{5}`` is not.  A right formula that stands in the question, and is not written as the gold answer, is
+    WRONG: to simplify or to expand it was what was asked.  More than one answer is WRONG where one is right.
+
     Reward 1 for a correct answer, else 0.  A thinking block up to ``</think>`` is not read.
 
     Args:
@@ -47,7 +60,8 @@ class MathAnswer(Verifier):
 
     def prepare(self) -> None:
         """Import math-verify and SymPy, so that no answer's time goes into it."""
-        _latex_equal("x", "x^{2}")
+        for gold, answer in _WARM_UP:
+            symbolic.equal(gold, answer)
 
     def extract(self, response: str) -> str | None:
         """The answer as the response states it, or None."""
@@ -65,9 +79,11 @@ class MathAnswer(Verifier):
             return Verdict(Outcome.UNPARSEABLE, 0.0)
         if len(extracted) > self.max_chars:
             return Verdict(Outcome.UNPARSEABLE, 0.0, extracted[: self.max_chars], f"answer of {len(extracted)} characters")
-        if self._equal(problem.answer, extracted):
-            return Verdict(Outcome.CORRECT, 1.0, extracted)
-        return Verdict(Outcome.WRONG, 0.0, extracted)
+        if not same(problem.answer, extracted):
+            return Verdict(Outcome.WRONG, 0.0, extracted)
+        if _copied(problem, extracted):
+            return Verdict(Outcome.WRONG, 0.0, extracted, "a formula of the question, written down again")
+        return Verdict(Outcome.CORRECT, 1.0, extracted)
 
     def check(self, problem: Problem) -> None:
         """Raise ``ValueError`` unless the gold answer, in a box, is read back and equals itself the way a response must."""
@@ -77,37 +93,13 @@ class MathAnswer(Verifier):
         boxed = self.extract(f"\\boxed{{{gold}}}")
         if boxed is None or not boxed.strip() or len(gold) > self.max_chars:
             raise ValueError(f"the answer {gold[:80]!r} is empty or longer than {self.max_chars} characters")
-        if read_number(gold) is None and not _latex_equal(gold, boxed):
-            raise ValueError(f"math-verify does not find the answer {gold[:80]!r} equal to itself")
-
-    @staticmethod
-    def _equal(gold: str, answer: str) -> bool:
-        number = read_number(gold)
-        if number is not None:
-            return read_number(answer) == number
-        if squeeze(answer) == squeeze(gold):
-            return True
-        if not balanced(answer) or set(_UNEVALUATED.findall(answer)) - set(_UNEVALUATED.findall(gold)):
-            return False
-        return _latex_equal(gold, undress(answer))
+        if not same(gold, boxed):
+            raise ValueError(f"the answer {gold[:80]!r} in a box is not found equal to itself")
 
 
-def _latex_equal(gold: str, answer: str) -> bool:
-    import math_verify
-
-    # A time limit inside would be reported as "not equal"; the pool's deadline tells the two apart.
-    return math_verify.verify(_parse_gold(gold), _parse(answer), timeout_seconds=None, raise_on_error=True)
-
-
-def _parse(latex: str) -> list[Any]:
-    import math_verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
-    # Only the LaTeX reader, and only of the box: the plain-expression reader hands its text to Python's eval.
-    boxed_only = [math_verify.LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-    return math_verify.parse(f"\\boxed{{{latex}}}", boxed_only, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-
-
-@lru_cache(maxsize=4096)
-def _parse_gold(latex: str) -> list[Any]:
-    return _parse(latex)
+def _copied(problem: Problem, answer: str) -> bool:
+    """Whether a right answer is a formula that the question already has: to expand or to simplify it was what was asked."""
+    formula, gold = squeeze(answer), squeeze(problem.answer)
+    if formula == gold or len(formula) < 4 or not _OPERATION.search(formula) or read_number(gold) or split(answer):
+        return False
+    return any(formula in compact(turn.get("content", "")) for turn in problem.messages if turn.get("role") == "user")

@@ -21,15 +21,15 @@ _STYLE = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt)|bm|bold|boldsymbol|boxed|[fmh]box)\s*\{|\\displaystyle\b|\{"
 )
 _SPACE = r"(?:\\[,;:! ]|\\quad\b|\s|~)"
-_LEADING = re.compile(rf"^(?:{_SPACE}|[*`])+")
+_LEADING = re.compile(rf"^(?:{_SPACE}|[*`]|\\approx(?![A-Za-z]))+")
 _TRAILING = re.compile(r"(?:\\[.,;:! ]|[.,;:\s~*`])+$")
 
 _SIGN = r"(?P<sign>[+-]?)\s*(?:(?:\\\$|\$|\u20ac|\u00a3|\\pounds\b|\\euro\b)\s*)?"
 # Thousands are set apart by 1,000  1{,}000  1,\!000  1\,000  1 000.
-_DIGITS = r"(?:[1-9][0-9]{0,2}(?:(?:,\\!|\{,\}|,|\\[,;: ]|~|\s)[0-9]{3})+(?![0-9])|[0-9]+)"
-_PART = r"\s*(?:\{{\s*(?P<{0}>[+-]?\s*[0-9]+)\s*\}}|(?P<{0}_digit>[0-9]))"
+_DIGITS = r"(?:[1-9][0-9]{0,2}(?:(?:,\\!\s*|\{,\}|,|\\[,;: ]|~|\s)[0-9]{3})+(?![0-9])|[0-9]+)"
+_PART = rf"\s*(?:\{{\s*(?P<NAME>[+-]?\s*{_DIGITS})\s*\}}|(?P<NAME_digit>[0-9]))"
 _NUMBERS = (
-    re.compile(rf"{_SIGN}(?P<whole>[0-9]+)?\s*\\[dt]?frac{_PART.format('top')}{_PART.format('bottom')}"),
+    re.compile(rf"{_SIGN}(?P<whole>[0-9]+)?\s*\\[dt]?frac{_PART.replace('NAME', 'top')}{_PART.replace('NAME', 'bottom')}"),
     re.compile(rf"{_SIGN}(?P<top>[0-9]+)\s*/\s*(?P<bottom>[0-9]+)"),
     re.compile(rf"{_SIGN}(?P<digits>{_DIGITS}|)\.(?P<decimals>[0-9]+)"),
     re.compile(rf"{_SIGN}(?P<digits>{_DIGITS})"),
@@ -46,6 +46,7 @@ _UNIT = re.compile(
     re.IGNORECASE,
 )
 _ASSIGNED = re.compile(r"[a-z][^<>!=]*$", re.IGNORECASE)
+_NAME = re.compile(r"([A-Za-z]{1,3}(?:_\{?[A-Za-z0-9]+\}?|\([A-Za-z0-9]\))?)\s*=[^=]*")
 _LAYOUT = re.compile(rf"\\(?:left|right|displaystyle)(?![A-Za-z])|{_SPACE}")
 
 
@@ -122,13 +123,24 @@ def read_number(text: str) -> str | None:
     return None
 
 
+def read_gold_number(text: str) -> str | None:
+    """:func:`read_number` of a gold answer, where ``x + y = 0`` is an equation and not the number 0."""
+    return None if "=" in text and name_of(text) is None else read_number(text)
+
+
+def name_of(text: str) -> str | None:
+    """``x`` of ``x = 5``; None where no such name stands before a single ``=``."""
+    found = _NAME.fullmatch(undress(text))
+    return None if found is None else re.sub(r"[{}]", "", found[1]).lower()
+
+
 def _canonical(parts: dict[str, str]) -> str | None:
     sign = "-" if parts.get("sign") == "-" else ""
     digits = re.sub("[^0-9]", "", parts.get("digits", "0")).lstrip("0") or "0"
     decimals = parts.get("decimals", "").rstrip("0")
     top, bottom = (parts.get(name) or parts.get(f"{name}_digit") for name in ("top", "bottom"))
     if top and bottom:
-        numerator, denominator = (int(part.replace(" ", "")) for part in (top, bottom))
+        numerator, denominator = (int(re.sub("[^-0-9]", "", part)) for part in (top, bottom))
         if denominator == 0 or ("whole" in parts and not 0 < numerator < denominator):
             return None
         value = int(parts.get("whole", "0")) + Fraction(numerator, denominator)
@@ -143,5 +155,10 @@ def _canonical(parts: dict[str, str]) -> str | None:
 
 
 def squeeze(text: str) -> str:
-    r"""``text`` without its dressing, its spacing, ``\left`` and ``\right``, for comparison letter by letter."""
-    return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", _LAYOUT.sub("", undress(text)))
+    r"""``text`` undressed and compact, for comparison letter by letter."""
+    return compact(undress(text))
+
+
+def compact(text: str) -> str:
+    r"""``text`` without spacing, ``\left`` and ``\right``, and with ``\frac`` for its variants."""
+    return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", _LAYOUT.sub("", text))
