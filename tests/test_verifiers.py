@@ -228,6 +228,10 @@ def test_by_dataset() -> None:
     for call in (lambda: verifier.check(problem("5", "other")), lambda: verifier(problem("5"), "")):
         with pytest.raises(ValueError, match=r"no verifier for the data set .*ByDataset has sums, forms"):
             call()
+    with_default = ByDataset({"sums": MathAnswer()}, default=TAGGED)
+    with_default.check(problem("{", "heldout"))
+    assert with_default(problem("5", "heldout"), "<think></think>5").outcome is Outcome.CORRECT
+    assert with_default(problem("5", "sums"), "<think></think>5").outcome is Outcome.UNPARSEABLE
     with pytest.raises(ConfigError, match=r"ByDataset\.verifiers is empty"):
         ByDataset({})
     with pytest.raises(ImportError):

@@ -14,20 +14,23 @@ class ByDataset(Verifier):
 
     Args:
         verifiers: by the names that the sets have in the mixture.
+        default: for problems of any other set, evaluation sets for example; null refuses them.
 
     Raises:
         ConfigError: no verifier.
     """
 
     verifiers: dict[str, Verifier]
+    default: Verifier | None = None
 
     def __post_init__(self) -> None:
         if not self.verifiers:
             raise ConfigError("ByDataset.verifiers is empty; give one for each data set, by its name in the mixture")
 
     def prepare(self) -> None:
-        for verifier in self.verifiers.values():
-            verifier.prepare()
+        for verifier in (*self.verifiers.values(), self.default):
+            if verifier is not None:
+                verifier.prepare()
 
     def check(self, problem: Problem) -> None:
         """Raise ``ValueError`` if the problem's data set has no verifier, or its verifier does."""
@@ -37,6 +40,9 @@ class ByDataset(Verifier):
         return self._of(problem)(problem, response)
 
     def _of(self, problem: Problem) -> Verifier:
-        if problem.dataset not in self.verifiers:
-            raise ValueError(f"no verifier for the data set {problem.dataset!r}; ByDataset has {', '.join(self.verifiers)}")
-        return self.verifiers[problem.dataset]
+        verifier = self.verifiers.get(problem.dataset, self.default)
+        if verifier is None:
+            raise ValueError(
+                f"no verifier for the data set {problem.dataset!r}; ByDataset has {', '.join(self.verifiers)} and no default"
+            )
+        return verifier
