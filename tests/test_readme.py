@@ -35,7 +35,9 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that it is to be saved as, from its first line."""
+        """The file that it is to be saved as, from its first line; JSON Lines have no comments, and there is one of them."""
+        if self.language == "jsonl":
+            return "problems.jsonl"
         found = re.match(r"# (\S+\.(?:py|yaml))\n", self.text)
         return found.group(1) if found else None
 
@@ -56,6 +58,11 @@ TENSORBOARD = ".venv/bin/tensorboard --logdir runs"
 RUN = [
     "python -m cppo_lightning fit --config configs/debug.yaml --config drift_cap.yaml",
     "python -m cppo_lightning fit --config configs/debug.yaml --config configs/trust_region/ppo_clip.yaml",
+]
+DATA = [
+    "python -m cppo_lightning fit --config configs/debug.yaml --config configs/data/gsm8k.yaml "
+    f"{more}--data.prompts.init_args.path problems.jsonl"
+    for more in ("", "--config answer_and_form.yaml ")
 ]
 CLUSTER = (
     "python -m cppo_lightning fit --config configs/base.yaml --config configs/trust_region/cppo.yaml --config cluster.yaml"
@@ -95,11 +102,11 @@ def resolved(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict
 
 
 def test_every_command_is_tested() -> None:
-    assert sorted(COMMANDS) == sorted([*BY_MAKE_N, TENSORBOARD, *RUN, CLUSTER])
+    assert sorted(COMMANDS) == sorted([*BY_MAKE_N, TENSORBOARD, *RUN, *DATA, CLUSTER])
 
 
 def test_every_block_is_tested() -> None:
-    assert set(FILES) == {"drift_cap.py", "drift_cap.yaml", "cluster.yaml"}
+    assert set(FILES) == {"drift_cap.py", "drift_cap.yaml", "cluster.yaml", "problems.jsonl", "answer_and_form.yaml"}
     unnamed = {block.language for block in BLOCKS if block.file is None}
     assert unnamed == {"sh", "console", "text", "bibtex"}
 
@@ -157,6 +164,14 @@ def test_trust_regions_change_with_one_more_config(command: str, folder: Path) -
     assert contains(yaml.safe_load(saved.read_text()), last)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", DATA)
+def test_own_problems(command: str, folder: Path) -> None:
+    done = run(command, folder)
+    assert "rollout 3/3 | step" in done.stdout + done.stderr
+    assert re.search(r"training +1 +0 +0 +0 +0 +1 ", done.stdout), done.stdout
+
+
 @pytest.mark.parametrize(("command", "answer"), ANSWERS, ids=[command.split()[-2] for command, _ in ANSWERS])
 @pytest.mark.usefixtures("in_folder")
 def test_bad_settings_get_the_answer_shown(command: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +199,18 @@ trainer:
             init_args: {name: basic_arithmetic, size: 4, params: {min_digits: 1, max_digits: 1}}
         samples: 2
 data:
+  prompts:
+    class_path: cppo_lightning.rollout.Mixture
+    init_args:
+      sources:
+        sums:
+          class_path: cppo_lightning.rollout.ReasoningGymPrompts
+          init_args: {name: basic_arithmetic, size: 50, params: {min_digits: 1, max_digits: 1}}
+  verifier:
+    class_path: cppo_lightning.verifiers.WeightedSum
+    init_args:
+      verifiers: {form: {class_path: cppo_lightning.verifiers.Format, init_args: {pattern: "[a-m]"}}}
+      weights: {form: 1.0}
   evaluation:
     prompts:
       class_path: cppo_lightning.rollout.ReasoningGymPrompts
