@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.logprobs import Head, token_logprobs
@@ -142,9 +144,25 @@ class Policy(nn.Module):
         )
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by their Hugging Face names, detached; tied ones once."""
+        """The weights by their Hugging Face names, whole and detached; tied ones once.
+
+        FSDP2's shards are gathered when their parameter's turn comes, and nothing here keeps the one before, so a consumer that
+        lets go of it holds one whole parameter at a time.  Every rank must go through all of them; their order is the same on
+        each.  What a LoRA adapter of peft (as ``model.add_adapter`` makes it) adds to a weight is in it.
+
+        Raises:
+            ConfigError: tied embeddings are not one parameter any more, or an adapter is no plain LoRA.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # else, after a forward pass, some are held whole, and in the dtype that it computes in
+        _check_tied(self.model)
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+            if not _IN_DELTA.search(name):
+                # not through a variable, which would keep it while the next is gathered
+                yield _WRAPPER.sub("", name), _whole(self.model, name, parameter)
 
 
 def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
@@ -161,6 +179,39 @@ def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
         soft_cap=getattr(config, "final_logit_softcapping", None),
         scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
     )
+
+
+# parts of parameters' names that torch.compile, activation checkpointing and peft put in
+_WRAPPER = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|base_layer)\.")
+# adapters' parameters, which reach an engine as part of the weight that they add to
+_IN_DELTA = re.compile(r"\.lora_([AB]\.[^.]+\.weight|embedding_[AB]\.[^.]+)$")
+
+
+@torch.no_grad()
+def _whole(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """One parameter, with what LoRA adapters add to it, gathered from its shards."""
+    value = parameter.detach()
+    owner = name.removesuffix(".base_layer.weight")
+    layer: Any = model.get_submodule(owner) if owner != name else None
+    if layer is not None and not layer.merged and not layer.disable_adapters:
+        if not hasattr(layer, "lora_A") or any(getattr(layer, "lora_variant", {}).values()):
+            raise ConfigError(f"{owner} has an adapter other than a plain LoRA (DoRA is another), and engines take only that")
+        for adapter in layer.active_adapters:
+            if adapter in layer.scaling:
+                value = value + layer.get_delta_weight(adapter)
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _check_tied(model: PreTrainedModel) -> None:
+    """Refuse tied embeddings that were parted: engines hold one tensor for both, and would get two."""
+    if not model.config.get_text_config(decoder=True).tie_word_embeddings:
+        return
+    both: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if both[0].weight is not both[1].weight or any(hasattr(module, "base_layer") for module in both):
+        raise ConfigError(
+            "the model ties its output head to its input embedding (tie_word_embeddings in its config.json), but here they are "
+            "two: leave both out of adapters, shard them in one group of fully_shard (the root's), or say false there"
+        )
 
 
 def _attended(response_mask: Tensor) -> Tensor:

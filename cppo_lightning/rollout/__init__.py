@@ -17,7 +17,9 @@ from cppo_lightning.rollout.prompts import (
 from cppo_lightning.rollout.sampler import Rollout, Sample, Sampler
 from cppo_lightning.rollout.stream import RolloutPlan, RolloutStream
 from cppo_lightning.rollout.transformers_engine import TransformersEngine
+from cppo_lightning.rollout.vllm_client import Patience
 from cppo_lightning.rollout.vllm_engine import VLLMEngine
+from cppo_lightning.rollout.vllm_server_engine import VLLMServerEngine
 
 __all__ = [
     "BadRowError",
@@ -26,6 +28,7 @@ __all__ = [
     "DatasetPrompts",
     "LoadCounts",
     "Mixture",
+    "Patience",
     "PromptOrder",
     "PromptSource",
     "PromptTemplate",
@@ -39,6 +42,7 @@ __all__ = [
     "Sampling",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMServerEngine",
     "bare_question",
     "check_problems",
 ]

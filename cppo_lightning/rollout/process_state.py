@@ -21,7 +21,7 @@ def set_environment() -> None:
 
 @contextmanager
 def process_state_kept() -> Iterator[None]:
-    """Put back what vLLM changes for the whole process: random states, ``torch.set_num_threads``, children's environment."""
+    """Put back what vLLM changes for the whole process: random states, threads, the current GPU, children's environment."""
     import numpy as np
 
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
@@ -37,6 +37,8 @@ def process_state_kept() -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+        for device in devices:
+            torch.cuda.set_device(device)
         for key, value in environment.items():
             if value is None:
                 os.environ.pop(key, None)

