@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -31,7 +31,7 @@ NAMES = (
 
 
 class RolloutMetrics(Callback):
-    """Logs ``rollout/*`` once per rollout, over all ranks, at the optimizer steps its weights had seen.
+    """Logs ``rollout/*`` once per rollout, over all ranks, at the number of optimizer steps taken before it is trained on.
 
     ``reward``: mean.  ``accuracy`` and ``verdict/*``: shares of the responses.  ``response_length``: mean tokens.
     ``truncated_share``: cut off by the length limit.  ``zero_spread_share``: groups whose rewards are all equal, which teach
@@ -40,7 +40,14 @@ class RolloutMetrics(Callback):
 
     ``reward/<part>``: mean of one part of the reward, where the verifier gives several (``Verdict.parts``), before weighting.
     ``accuracy/<set>``: of one data set's responses, where problems say which theirs is (``Problem.dataset``).
+
+    ``staleness`` and ``staleness_max``: mean and largest age of what the rollout's optimizer steps were taken on, in steps
+    since the weights that sampled it; logged after the last update, nothing if no step was taken.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step, self._ages = 0, list[int]()  # of the update under way; of each step taken on the rollout
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs before the model is loaded: refuses a datamodule that does not sample."""
@@ -49,8 +56,10 @@ class RolloutMetrics(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, batch_idx: int) -> None:
         """Runs before each update; before a rollout's first one it logs the rollout."""
+        self._step = trainer.global_step
         if batch_idx > 0:
             return
+        self._ages.clear()
         rollout = rollout_data(trainer, type(self).__name__).rollout
         totals = {} if rollout is None else _totals(rollout, trainer.world_size) | _by_name(rollout)
         # which parts and sets there are shows only in the samples, and ranks may have seen different ones
@@ -58,6 +67,17 @@ class RolloutMetrics(Callback):
         means = WeightedMeans([f"rollout/{name}" for name in (*NAMES, *others)])
         means.update({f"rollout/{name}": pair for name, pair in totals.items()})
         log_metrics(trainer, drain(means, pl_module.device))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
+    ) -> None:
+        """Runs after each update; after a rollout's last one it logs the ages, which are the same on every rank."""
+        rollout = rollout_data(trainer, type(self).__name__).rollout
+        if rollout is not None and trainer.global_step > self._step:
+            self._ages.append(self._step - rollout.version)
+        if trainer.is_last_batch and self._ages:
+            ages = {"rollout/staleness": sum(self._ages) / len(self._ages), "rollout/staleness_max": float(max(self._ages))}
+            log_metrics(trainer, ages, step=trainer.global_step - 1)
 
 
 def _totals(rollout: Rollout, world_size: int) -> dict[str, tuple[float, float]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from cppo_lightning.batch import Gate, RolloutBatch, TokenStats
-from cppo_lightning.errors import ConfigError
+from cppo_lightning.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -168,4 +168,67 @@ def check_anchor(trust_region: TrustRegion, anchor: Anchor, correction: Mismatch
         raise ConfigError(
             f"model.anchor = recomputed puts pi_old in the place of mu, which {name} is not defined for: what it limits is the "
             "distance from mu; set model.anchor: rollout, or take a trust region on the ratio pi / pi_old, such as PPOClip"
+        )
+
+
+# mean and largest: at least three times the mean and six times the maximum over 2,000 tokens of SmolLM2-135M in float32 and
+# bfloat16 (benchmarks/mismatch.py); float16 has three bits more than bfloat16
+USUAL_BOUNDS = {"float32": (1e-4, 1e-3), "float16": (0.02, 0.5), "bfloat16": (0.1, 3.0)}
+
+
+@dataclass(frozen=True)
+class GapBounds:
+    """How far log-probabilities of sampled tokens may differ between engine and trainer at equal weights, in nats.
+
+    Args:
+        mean: over tokens; None for the usual bound of the dtype.
+        largest: of any one token; None for the usual bound of the dtype.
+
+    Raises:
+        ConfigError: a bound that is not above 0.
+    """
+
+    mean: float | None = None
+    largest: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_mean_gap", self.mean), ("max_gap", self.largest)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0 nats, or null for the dtype's usual bound, got {value}")
+
+    def judge(self, mean: float, largest: float, dtype: str) -> tuple[bool, str]:
+        """Whether a gap lies within the bounds (not a number does not), and both in words."""
+        usual_mean, usual_largest = USUAL_BOUNDS[dtype]
+        most_mean, most = self.mean or usual_mean, self.largest or usual_largest
+        words = f"by {mean:.2g} nats on average (bound {most_mean:g}) and by {largest:.2g} at most (bound {most:g})"
+        return mean <= most_mean and largest <= most, words
+
+
+def coarsest(engine_dtype: str, policy_dtype: str, precision: str) -> str:
+    """The dtype with the widest usual bounds; ``precision`` is the Trainer's, and an unknown dtype counts as bfloat16."""
+    computes = "bfloat16" if "bf16" in precision else "float16" if "16" in precision else policy_dtype
+    known = [dtype if dtype in USUAL_BOUNDS else "bfloat16" for dtype in (engine_dtype, computes)]
+    return max(known, key=USUAL_BOUNDS.__getitem__)
+
+
+def check_staleness(batch: RolloutBatch, step: int, update: int, max_staleness: int = 0) -> None:
+    """Refuse samples from weights that are older than the run allows.
+
+    Args:
+        batch: a minibatch, possibly without rows.
+        step: optimizer steps that the policy has taken.
+        update: number of updates that the batch's rollout has had before this one: on-policy rollouts are that old.
+        max_staleness: optimizer steps by which a rollout's weights may be older at its first update.
+
+    Raises:
+        RolloutError: a sample is older, or claims weights that do not exist yet.
+    """
+    if not len(batch):
+        return
+    oldest, newest = int(batch.policy_version.min()), int(batch.policy_version.max())
+    if not step - update - max_staleness <= oldest <= newest <= step:
+        raise RolloutError(
+            f"step {step}, update {update} of its rollout: samples come from weights that had seen {oldest} to {newest} steps, "
+            f"allowed are {max(0, step - update - max_staleness)} to {step}; no step was taken on them; "
+            "a loader that prefetches does this (a dataset without a length, num_workers above 0), or an engine without a sync"
         )

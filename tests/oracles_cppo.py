@@ -64,12 +64,12 @@ def divergences(kind: Divergence, response: Response) -> list[float]:
 
 
 def algorithm_1(c: CPPO, divergence: list[float], ratios: list[float], advantage: float, ids: list[int]) -> list[Token]:
-    """Algorithm 1 for one response, or Appendix C for the soft variant."""
+    """Algorithm 1 for one response, or Appendix C for the soft variant; prefix sums are of D_t - noise."""
     weights = position_weights(c, ids)
     delta_b = c.delta_b
     if delta_b is not None and c.adaptive and divergence:
-        delta_b = min(max(float(np.quantile(divergence, c.quantile)), delta_b), c.ceiling * delta_b)
-    spent = allowance = 0.0
+        delta_b = min(max(float(np.quantile([d - c.noise for d in divergence], c.quantile)), delta_b), c.ceiling * delta_b)
+    spent = allowance = gross = 0.0
     out = []
     for d, w, rho in zip(divergence, weights, ratios, strict=True):
         z = w * d
@@ -78,12 +78,13 @@ def algorithm_1(c: CPPO, divergence: list[float], ratios: list[float], advantage
         toward = advantage * (rho - 1) <= 0
         keep = toward or z <= threshold
         weight = rho if c.max_ratio is None else min(rho, c.max_ratio)
-        spent, allowance = spent + z, allowance + w
+        gross += z
         if isinstance(c, SoftCPPO):
-            x = max(z / c.delta, spent / allowed)
+            x = max(z / c.delta, gross / (allowed + c.noise * allowance))
             weight *= 1.0 if toward or x == 0 else min(1.0, 1 / x)
         elif not keep:
             weight = 0.0
+        spent, allowance = spent + w * (d - c.noise), allowance + w
         out.append(Token(keep, weight, threshold, min(abs(z - threshold), abs(rho - 1))))
     return out
 

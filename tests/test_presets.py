@@ -64,7 +64,9 @@ def test_there_are_configs() -> None:
 
 def test_every_config_is_tested() -> None:
     """A config elsewhere than here is one that test_cli parses."""
-    others = {str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("trust_region", "paper", "data")}
+    others = {
+        str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("trust_region", "paper", "data")
+    }
     assert others == {"base.yaml", "debug.yaml", "quickstart.yaml", "quickstart_vllm.yaml"}
 
 

@@ -106,7 +106,7 @@ def test_every_command_is_tested() -> None:
 
 
 def test_every_block_is_tested() -> None:
-    assert set(FILES) == {"drift_cap.py", "drift_cap.yaml", "cluster.yaml", "problems.jsonl", "answer_and_form.yaml"}
+    assert set(FILES) == {"drift_cap.py", "drift_cap.yaml", "cluster.yaml", "servers.yaml", "problems.jsonl", "answer_and_form.yaml"}
     unnamed = {block.language for block in BLOCKS if block.file is None}
     assert unnamed == {"sh", "console", "text", "bibtex"}
 
@@ -142,9 +142,10 @@ def test_tensorboard_has_the_option(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_folder")
-def test_the_cluster_command_parses(capsys: pytest.CaptureFixture[str]) -> None:
-    config = resolved(CLUSTER, capsys)
-    for section, values in yaml.safe_load(FILES["cluster.yaml"]).items():
+@pytest.mark.parametrize("file", ["cluster.yaml", "servers.yaml"])
+def test_the_cluster_command_parses(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolved(CLUSTER.replace("cluster.yaml", file), capsys)
+    for section, values in yaml.safe_load(FILES[file]).items():
         assert contains(config[section], values)
 
 

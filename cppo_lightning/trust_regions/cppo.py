@@ -44,6 +44,10 @@ class CPPO(TrustRegion):
         quantile: which quantile, linearly interpolated; the paper's P90.
         ceiling: upper end of the adaptive budget as a multiple of ``delta_b``.
         max_ratio: cap on rho_t as a gradient weight; None for the paper's uncapped ratio.
+        noise: what numerics alone make of D_t on average, which callback ``Mismatch`` reports as ``mismatch/divergence_mean``;
+            0 is the paper's.  Prefix sums are of w_t (D_t - noise), adaptive budgets from the quantile of D_t - noise: in all,
+            each response's budget is ``noise`` larger, and gates and metrics show it so.  Sums of max(D_t - noise, 0) would
+            still charge a third of what numerics spend (benchmarks/mismatch.py).
 
     Raises:
         ConfigError: a value outside its range.
@@ -57,6 +61,7 @@ class CPPO(TrustRegion):
     quantile: float = 0.9
     ceiling: float = 2.0
     max_ratio: float | None = None
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         ranges = {
@@ -69,6 +74,7 @@ class CPPO(TrustRegion):
             "quantile": (0 <= self.quantile <= 1, "in [0, 1] (the paper uses 0.9)"),
             "ceiling": (self.ceiling >= 1, "at least 1 (the paper uses 2)"),
             "max_ratio": (self.max_ratio is None or self.max_ratio > 0, "above 0, or null for no cap"),
+            "noise": (self.noise >= 0, "at least 0 (the paper has none)"),
         }
         for name, (good, right) in ranges.items():
             if not good:
@@ -129,12 +135,13 @@ class CPPO(TrustRegion):
         return (position * float(1 - self.w_min)).div_(last).neg_().add_(1).masked_fill_(~mask, 0.0)
 
     def budget(self, divergence: Tensor, mask: Tensor) -> Tensor | None:
-        """delta_b of each response ``[B]`` float32 (Eq. 22), None for no prefix budget."""
+        """delta_b of each response (Eq. 22) and ``noise``, ``[B]`` float32; None for no prefix budget."""
         if self.delta_b is None:
             return None
         if not self.adaptive:
-            return divergence.new_full(divergence.shape[:1], self.delta_b)
-        return masked_quantile(divergence, mask, self.quantile).clamp(self.delta_b, self.ceiling * self.delta_b)
+            return divergence.new_full(divergence.shape[:1], self.delta_b + self.noise)
+        net = masked_quantile(divergence, mask, self.quantile) - self.noise
+        return net.clamp(self.delta_b, self.ceiling * self.delta_b) + self.noise
 
     def gated(self, ratio: Tensor, dropped: Tensor, weighted: Tensor, spent: Tensor, allowed: Tensor) -> Tensor:
         """A new tensor with each token's weight (Eq. 10) ``[B, T]``: rho_t, and 0 where dropped.
