@@ -24,9 +24,10 @@ from cppo_lightning.rollout import (
     Sampler,
     Sampling,
 )
+from cppo_lightning.rollout.ahead import TrainingRollouts
 from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream
 from cppo_lightning.rollout.problem_sets import DataRules, ProblemSets, context_length
-from cppo_lightning.rollout.stream import refilled
+from cppo_lightning.rollout.settings import check_settings, check_training
 from cppo_lightning.verifiers import Verifier, VerifierPool
 from cppo_lightning.verifiers.overlong import Overlong
 
@@ -73,8 +74,8 @@ class RolloutDataModule(LightningDataModule):
         seed: fixes the order of prompts and the engine's random numbers.
 
     Raises:
-        ConfigError: truncated or greedy sampling, a penalty for lengths that cannot be reached, or a ``top_k`` that the engine
-            cannot return.
+        ConfigError: truncated or greedy sampling, a penalty for lengths that cannot be reached, a ``top_k`` that the engine
+            cannot return, or rollouts ahead with an engine that cannot sample while the policy is trained.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class RolloutDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check(sampling, overlong, engine, top_k)
+        check_settings(plan, sampling, overlong, engine, top_k)
         self.model = model
         self.prompts = prompts
         self.pool = verifier if isinstance(verifier, VerifierPool) else VerifierPool(verifier)
@@ -112,7 +113,8 @@ class RolloutDataModule(LightningDataModule):
         self.allow_other_data = allow_other_data
         self.top_k = top_k
         self.seed = seed
-        self.rollout: Rollout | None = None  # the latest training rollout
+        self.rollouts: TrainingRollouts | None = None  # of fit
+        self.rollout: Rollout | None = None  # what is trained on, or was at last
         self._restored: dict[str, Any] | None = None  # of a checkpoint
         self._weights_current = False
 
@@ -122,11 +124,8 @@ class RolloutDataModule(LightningDataModule):
 
         self._weights_current = False  # another stage may come with other weights
         world = self._trainer().world_size
-        if stage == "fit" and self.plan.prompts % (self.plan.updates * world):
-            raise ConfigError(
-                f"data.plan.prompts = {self.plan.prompts} does not divide into {self.plan.updates} updates on {world} ranks; "
-                f"take a multiple of {self.plan.updates * world}"
-            )
+        if stage == "fit":
+            check_training(self.plan, world, self._trained().anchor)
         if stage != "fit" and self.evaluation is None:
             raise ConfigError(f"data.evaluation is not set; {stage} needs to know what to sample")
         config = AutoConfig.from_pretrained(self.model, trust_remote_code=False).get_text_config()
@@ -140,8 +139,12 @@ class RolloutDataModule(LightningDataModule):
         self.sets = ProblemSets(self.sampler, self.rules, context_length(config, self.engine), self._trainer().is_global_zero)
         if stage == "fit":
             training, shares = self.sets.load_training(self.prompts, self.sampling.max_tokens), self.prompts.shares()
-            self.order = PromptOrder(training.problems, self.seed, shares)
-            self.refills = PromptOrder(training.problems, self.seed + 2**31, shares)  # another shuffle of the same problems
+            order = PromptOrder(training.problems, self.seed, shares)
+            refills = PromptOrder(training.problems, self.seed + 2**31, shares)  # another shuffle of the same problems
+            ranks = (self._trainer().global_rank, world)
+            self.rollouts = TrainingRollouts(
+                order, refills, self.plan, ranks, sync=self.sync_weights, sample=self._sample, seed=self.draw_seed
+            )
             self.fingerprint = training.fingerprint
             self._restore()
         if self.evaluation is not None:
@@ -156,7 +159,9 @@ class RolloutDataModule(LightningDataModule):
         return self.sets.load_evaluation(name, source, max_tokens or self.sampling.max_tokens).problems
 
     def sync_weights(self) -> None:
-        """Hand the policy's current weights to the engine, unless it has them already."""
+        """Hand the policy's current weights to the engine, once it is free, unless it has them already."""
+        if self.rollouts is not None:
+            self.rollouts.wait()
         trainer = self._trainer()
         version = trainer.global_step
         if self._weights_current and self.engine.version == version:
@@ -191,7 +196,7 @@ class RolloutDataModule(LightningDataModule):
         return batch.to(device) if isinstance(batch, RolloutBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompt_position": self.order.position, "fingerprint": self.fingerprint}
+        return {"prompt_position": self._training().position, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
@@ -208,31 +213,31 @@ class RolloutDataModule(LightningDataModule):
                 f"the checkpoint was trained on problems with the fingerprint {theirs}, these have {self.fingerprint}: restore "
                 "data.prompts, data.template and what drops problems, or set data.allow_other_data: true to go on with these"
             )
-        self.order.position = self._restored["prompt_position"]
+        self._training().position = self._restored["prompt_position"]
+
+    def teardown(self, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._stop()
 
     def close(self) -> None:
         """Free the engine's model and end the verifier's processes.  Safe to call twice."""
+        self._stop()
         self.engine.close()
         self.pool.close()
 
+    def _stop(self) -> None:
+        """A rollout that is drawn ahead must not outlive the run, nor use what is closed."""
+        if self.rollouts is not None:
+            self.rollouts.stop()
+
     def _draw(self) -> Rollout:
-        self.sync_weights()
-        start = self.order.position
-        problems = self._share(self.order)
-        rollout = self._sample(problems, self.draw_seed("train", start))
-
-        def refill(number: int, missing: int) -> Rollout:
-            # Every refill has a place of its own in the second shuffle, used or not: ranks decide by themselves when they have
-            # enough, and a resumed run needs to know the first shuffle's position alone.
-            self.refills.position = start * self.plan.max_refills + (number - 1) * self.plan.prompts
-            return self._sample(self._share(self.refills)[:missing], self.draw_seed("refill", start, number))
-
-        self.rollout = refilled(rollout, len(problems), self.plan.max_refills, refill)
+        trainer = self._trainer()
+        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+        last = 0 <= epochs <= trainer.current_epoch + 1 or 0 <= steps <= trainer.global_step + self.plan.updates
+        self.rollout = self._training().next(another=not last)
         return self.rollout
-
-    def _share(self, order: PromptOrder) -> list[Problem]:
-        """This rank's part of the next ``plan.prompts`` problems."""
-        return order.take(self.plan.prompts)[self._trainer().global_rank :: self._trainer().world_size]
 
     def _sample(self, problems: list[Problem], seed: int) -> Rollout:
         return self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k, seed)
@@ -249,6 +254,10 @@ class RolloutDataModule(LightningDataModule):
         mine = self.evaluated[self._trainer().global_rank :: self._trainer().world_size]
         return DataLoader(EvaluationStream(mine, evaluation.batch_prompts, sample), batch_size=None, num_workers=0)
 
+    def _training(self) -> TrainingRollouts:
+        assert self.rollouts is not None, "setup makes them"
+        return self.rollouts
+
     def _trained(self) -> Trained:
         return cast("Trained", self._trainer().lightning_module)
 
@@ -256,24 +265,3 @@ class RolloutDataModule(LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("RolloutDataModule works inside a Trainer; pass it as datamodule=")
         return self.trainer
-
-
-def _check(sampling: Sampling, overlong: Overlong | None, engine: RolloutEngine, top_k: int) -> None:
-    if sampling.truncated:
-        raise ConfigError(
-            f"data.sampling is truncated (top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}): mu "
-            "would be renormalised over the kept tokens and every ratio biased; train with top_p 1, top_k 0, min_p 0"
-        )
-    if sampling.temperature == 0:
-        raise ConfigError("data.sampling.temperature must be above 0 to train on, got 0; the paper uses 1.0")
-    if overlong is not None and overlong.max_tokens > sampling.max_tokens:
-        raise ConfigError(
-            f"data.overlong.max_tokens = {overlong.max_tokens} is more than data.sampling.max_tokens = "
-            f"{sampling.max_tokens}, so no response would get the full penalty; take at most {sampling.max_tokens}"
-        )
-    limit = engine.max_top_logprobs
-    if limit is not None and top_k > limit:
-        raise ConfigError(
-            f"the trust region reads the top {top_k} tokens, but {type(engine).__name__} returns at most {limit}; "
-            f"raise data.engine's max_top_logprobs or lower the divergence's k to {limit}"
-        )

@@ -17,7 +17,15 @@ from cppo_lightning.batch import Gate, RolloutBatch, TokenStats, micro_batches
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals, policy_gradient_loss, surrogate_value
 from cppo_lightning.metrics import log_metrics
-from cppo_lightning.mismatch import Anchor, MismatchCorrection, RecomputedBatch, check_anchor, decoupled_gate, numbered
+from cppo_lightning.mismatch import (
+    Anchor,
+    MismatchCorrection,
+    RecomputedBatch,
+    check_anchor,
+    check_staleness,
+    decoupled_gate,
+    numbered,
+)
 from cppo_lightning.policy import Policy, PolicyConfig, ResponseLogProbs
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.trust_regions import TrustRegion
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
+
+    from cppo_lightning.rollout.stream import RolloutPlan
 
 
 @runtime_checkable
@@ -137,8 +147,13 @@ class RLVRModule(LightningModule):
         return RecomputedBatch.assemble(batch, parts, logp)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor] | None:
-        """One optimizer step on one minibatch; None when there was nothing to train on or the gradient was not finite."""
+        """One optimizer step on one minibatch; None when there was nothing to train on or the gradient was not finite.
+
+        Raises:
+            RolloutError: samples are older than ``data.plan`` allows: ``updates * (1 + max_staleness) - 1`` steps at most.
+        """
         started = time.perf_counter()
+        self._check_age(batch, batch_idx)
         totals = self._totals(batch)
         if not int(totals.tokens):
             if batch_idx == 0:  # groups are dealt evenly, so the whole rollout is empty
@@ -167,6 +182,13 @@ class RLVRModule(LightningModule):
         # a step's metrics stand at the number of steps taken before it
         log_metrics(self.trainer, {"train/loss": loss, **logs}, step=self.global_step - 1)
         return {"loss": torch.tensor(loss)}
+
+    def _check_age(self, batch: RolloutBatch, batch_idx: int) -> None:
+        plan: RolloutPlan | None = getattr(getattr(self.trainer, "datamodule", None), "plan", None)
+        if plan is None:  # a loader of the user's own: its epochs are its rollouts
+            check_staleness(batch, self.global_step, batch_idx)
+        else:
+            check_staleness(batch, self.global_step, batch_idx % plan.updates, plan.updates * plan.max_staleness)
 
     def _step(self) -> Tensor | None:
         """Clip and step; the norm before clipping, or None when it is not finite and no step is taken."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from cppo_lightning.errors import RolloutError
 from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
@@ -79,16 +81,18 @@ class Sampler:
         """Draw ``n`` responses to each problem, each judged while others are still being drawn; ``seed`` fixes the draws.
 
         Raises:
-            RolloutError: the engine returned fewer responses than asked for, or a token without a finite log-probability; or no
-                verifier process stays alive.  No further verdict is waited for.
+            RolloutError: the engine returned fewer or other responses than it handed out, a token without a finite
+                log-probability, or one not in float32; or no verifier process stays alive.  No further verdict is waited for.
         """
         prompts = [self.template.encode(self.tokenizer, problem) for problem in problems]
+        handed_out: dict[int, Completion] = {}
         texts: dict[int, str] = {}
         verdicts: dict[int, Future[Verdict]] = {}
 
         def judge(place: int, completion: Completion) -> None:
             problem = problems[place // n]
             completion.check(problem.id)
+            handed_out[place] = completion
             texts[place] = str(self.tokenizer.decode(completion.ids.tolist(), skip_special_tokens=True))
             verdicts[place] = self.pool.submit(problem, texts[place])
 
@@ -96,11 +100,7 @@ class Sampler:
         try:
             completions = self.engine.generate(prompts, n, sampling, top_logprobs, seed, on_completion=judge)
             sampled = time.perf_counter()
-            if not len(verdicts) == len(completions) == len(prompts) * n:
-                raise RolloutError(
-                    f"{type(self.engine).__name__} returned {len(completions)} of {len(prompts) * n} responses and handed "
-                    f"{len(verdicts)} to on_completion"
-                )
+            self._check(completions, handed_out, [problem.id for problem in problems for _ in range(n)])
             samples = [
                 Sample(problems[place // n], prompts[place // n], completion, texts[place], verdicts[place].result())
                 for place, completion in enumerate(completions)
@@ -110,3 +110,17 @@ class Sampler:
                 verdict.cancel()  # else the next rollout waits behind what nobody reads
             raise
         return Rollout(samples, n, self.engine.version, sampled - started, time.perf_counter() - sampled)
+
+    def _check(self, completions: Sequence[Completion], handed_out: Mapping[int, Completion], ids: Sequence[str]) -> None:
+        """Compare what is trained on with what was judged; the engine had it in hand in between, so it is checked again."""
+        name = type(self.engine).__name__
+        if not len(handed_out) == len(completions) == len(ids):
+            raise RolloutError(
+                f"{name} returned {len(completions)} of {len(ids)} responses and handed {len(handed_out)} to on_completion"
+            )
+        for place, (completion, prompt_id) in enumerate(zip(completions, ids, strict=True)):
+            if completion is not handed_out[place]:
+                raise RolloutError(f"prompt {prompt_id!r}: {name} returned another response than it handed to on_completion")
+            completion.check(prompt_id)
+            if completion.logp.dtype != torch.float32:
+                raise RolloutError(f"prompt {prompt_id!r}: {name} returned log-probabilities in {completion.logp.dtype}")

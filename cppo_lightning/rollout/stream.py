@@ -31,20 +31,29 @@ class RolloutPlan:
         updates: optimizer steps per rollout; each gets ``prompts / updates`` prompts with all their samples.
         max_refills: how many times other prompts are drawn in place of those whose rewards are all equal (dynamic sampling,
             DAPO, arXiv 2503.14476, Eq. 11); 0 skips such prompts, as in the CPPO paper.
+        max_staleness: rollouts by which the sampling weights may lag behind those of a run that samples and trains in turn;
+            with 1 a rollout is drawn while the one before it is trained on, so that its samples are ``updates`` steps older.
 
     Raises:
-        ConfigError: a number below 1 (samples: below 2, max_refills: below 0), or prompts that do not divide into the updates.
+        ConfigError: a number below 1 (samples: below 2, max_refills: below 0), a max_staleness other than 0 and 1, or prompts
+            that do not divide into the updates.
     """
 
     prompts: int = 64
     samples: int = 8
     updates: int = 2
     max_refills: int = 0
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("prompts", 1), ("samples", 2), ("updates", 1), ("max_refills", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.plan.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.max_staleness not in (0, 1):
+            raise ConfigError(
+                f"data.plan.max_staleness must be 0 or 1, got {self.max_staleness}: one rollout is drawn while one is trained "
+                "on, so a larger lag would make samples older and the run no faster"
+            )
         if self.prompts % self.updates:
             low = self.prompts // self.updates * self.updates
             raise ConfigError(
@@ -55,7 +64,7 @@ class RolloutPlan:
 
 
 class RolloutStream(IterableDataset[RolloutBatch]):
-    """Each pass draws one rollout with today's weights and yields its minibatches, ``len(stream)`` of them.
+    """Each pass takes one rollout and yields its minibatches, ``len(stream)`` of them.
 
     Groups whose rewards are all equal are skipped; the rest is dealt evenly to the updates.  When fewer groups are left than
     updates, the last minibatches are empty and no step is taken on them.  What counts is the verifier's rewards, before
@@ -65,7 +74,7 @@ class RolloutStream(IterableDataset[RolloutBatch]):
     comes from weights that are one step old.
 
     Args:
-        draw: samples and judges one rollout.
+        draw: gives the next rollout, judged.
         advantages: turns ``[P, G]`` rewards into advantages.
         updates: minibatches per rollout.
         top_k: K of the top-K tensors, 0 for none.
