@@ -106,7 +106,8 @@ def test_every_command_is_tested() -> None:
 
 
 def test_every_block_is_tested() -> None:
-    assert set(FILES) == {"drift_cap.py", "drift_cap.yaml", "cluster.yaml", "servers.yaml", "problems.jsonl", "answer_and_form.yaml"}
+    own = {"drift_cap.py", "drift_cap.yaml", "problems.jsonl", "answer_and_form.yaml"}
+    assert set(FILES) == own | {"cluster.yaml", "servers.yaml"}
     unnamed = {block.language for block in BLOCKS if block.file is None}
     assert unnamed == {"sh", "console", "text", "bibtex"}
 
