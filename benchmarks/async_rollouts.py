@@ -44,8 +44,6 @@ Interval = tuple[float, float]
 class TimedEngine(TransformersEngine):
     """Notes when it samples, and sleeps for ``elsewhere`` seconds after each rollout."""
 
-    concurrent = True
-
     def __init__(self, elsewhere: float = 0.0) -> None:
         super().__init__()
         self.elsewhere = elsewhere

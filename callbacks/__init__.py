@@ -13,6 +13,7 @@ from cppo_lightning.callbacks.budget_exhaustion import BudgetExhaustion
 from cppo_lightning.callbacks.data_report import DataReport
 from cppo_lightning.callbacks.divergence import Divergence
 from cppo_lightning.callbacks.eval_accuracy import EvalAccuracy
+from cppo_lightning.callbacks.failure_checkpoint import FailureCheckpoint
 from cppo_lightning.callbacks.gate_metrics import GateMetrics
 from cppo_lightning.callbacks.logprob_gap import LogProbGap
 from cppo_lightning.callbacks.mask_rate import MaskRate
@@ -31,6 +32,7 @@ __all__ = [
     "DataReport",
     "Divergence",
     "EvalAccuracy",
+    "FailureCheckpoint",
     "GateMetrics",
     "LogProbGap",
     "MaskRate",

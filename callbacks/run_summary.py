@@ -69,9 +69,10 @@ class RunSummary(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after each rollout's last update, on every rank."""
         rollout = getattr(getattr(trainer, "datamodule", None), "rollout", None)
-        verifying = 0.0 if rollout is None else rollout.seconds_verifying
-        sampling = self._updates_started - self._rollout_started - verifying
-        self._seconds.append((sampling, verifying, self._updates_ended - self._updates_started))
+        waited = self._updates_started - self._rollout_started
+        # of a rollout that was drawn ahead, most was over before it was wanted
+        verifying = 0.0 if rollout is None else min(waited, rollout.seconds_verifying)
+        self._seconds.append((waited - verifying, verifying, self._updates_ended - self._updates_started))
         self._mask_rates.extend(drain(self._rollout_mask, pl_module.device).values())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -86,7 +86,8 @@ def _terminable() -> Iterator[None]:
 
 
 def _end(kind: str, error: BaseException | str, code: int) -> None:
-    print(f"{kind}: {error}", file=sys.stderr)
+    # such as where FailureCheckpoint has saved the run
+    print(f"{kind}: {'; '.join([str(error), *getattr(error, '__notes__', ())])}", file=sys.stderr)
     sys.exit(code)
 
 

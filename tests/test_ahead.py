@@ -17,8 +17,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from cppo_lightning.batch import RolloutBatch
-from cppo_lightning.callbacks import RolloutMetrics
-from cppo_lightning.callbacks.failure_checkpoint import FailureCheckpoint
+from cppo_lightning.callbacks import FailureCheckpoint, RolloutMetrics
 from cppo_lightning.datamodule import RolloutDataModule
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout import Completion, RolloutPlan, Sampling, TransformersEngine
@@ -36,8 +35,6 @@ UPDATES = 2
 
 class Engine(TransformersEngine):
     """May fail, lie or wait; notes in which thread it samples with which weights."""
-
-    concurrent = True
 
     def __init__(self, before: Callable[[int], None] = lambda call: None, lie: int = 0) -> None:
         super().__init__()
@@ -308,6 +305,21 @@ def test_the_last_rollout_draws_none_ahead(tiny_model_path: Path, tmp_path: Path
         _, _, data = run(tiny_model_path, tmp_path, 1, rollouts=2 if not limits else 9, trainer=limits)
         assert isinstance(data.engine, Engine)
         assert len(data.engine.calls) == 2
+
+
+def test_the_default_dtype_of_another_thread_changes_no_sample(tiny_model_path: Path) -> None:
+    """A half-precision policy that is trained meanwhile sets it, for the whole process."""
+    engine, found = TransformersEngine(), []
+    engine.start(str(tiny_model_path))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found.append(engine.generate([[1, 2, 3]], 4, Sampling(max_tokens=8), 5, seed=1))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name in ("ids", "logp", "topk_ids", "topk_logp"):
+        plain, other = ([getattr(completion, name) for completion in completions] for completions in found)
+        assert same(plain, other), name
 
 
 def dawdle(call: int) -> None:

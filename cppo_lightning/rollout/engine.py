@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cppo_lightning.errors import ConfigError, RolloutError
 
@@ -78,7 +78,14 @@ class RolloutEngine(ABC):
     """Samples from a causal language model whose weights the trainer renews.
 
     Constructors only store and validate settings; ``start`` loads the model.
+
+    Attributes:
+        concurrent: whether ``generate`` may run in other threads, several at a time, while the policy is trained in this
+            process: it changes nothing that belongs to the whole process and reads nothing that ``generate`` elsewhere
+            changes.  ``start`` and ``load_weights`` are never called meanwhile.
     """
+
+    concurrent: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -37,7 +37,7 @@ def check_settings(plan: RolloutPlan, sampling: Sampling, overlong: Overlong | N
             f"the trust region reads the top {top_k} tokens, but {type(engine).__name__} returns at most {limit}; "
             f"raise data.engine's max_top_logprobs or lower the divergence's k to {limit}"
         )
-    if plan.max_staleness and not getattr(engine, "concurrent", False):
+    if plan.max_staleness and not engine.concurrent:
         raise ConfigError(
             f"data.plan.max_staleness = {plan.max_staleness} draws a rollout while another is trained on, which "
             f"{type(engine).__name__} cannot do; take TransformersEngine or VLLMServerEngine, or max_staleness 0"

@@ -38,6 +38,8 @@ class TransformersEngine(RolloutEngine):
         ConfigError: a value that cannot work.
     """
 
+    concurrent = True
+
     def __init__(
         self, dtype: DType = "float32", device: str = "auto", max_sequences: int = 64, attn_implementation: str = "sdpa"
     ) -> None:
@@ -164,9 +166,10 @@ class _Batch:
         counts = torch.tensor(repeats, device=device)
         self.prompt_of = torch.arange(len(prompts), device=device).repeat_interleave(counts)  # [R]
         self.ids = torch.zeros(rows, longest, dtype=torch.int64, device=device)
-        self.logp = torch.zeros(rows, longest, device=device)
+        # not the default dtype: while a half-precision policy is trained in another thread, that is its own
+        self.logp = torch.zeros(rows, longest, dtype=torch.float32, device=device)
         self.topk_ids = torch.zeros(rows, longest, top_logprobs, dtype=torch.int64, device=device)
-        self.topk_logp = torch.zeros(rows, longest, top_logprobs, device=device)
+        self.topk_logp = torch.zeros(rows, longest, top_logprobs, dtype=torch.float32, device=device)
 
     def run(self, eos: Tensor, generator: torch.Generator) -> Iterator[tuple[int, Completion]]:
         """Generate until every row has drawn one of ``eos`` or is full, and yield each row's number and response as it ends."""

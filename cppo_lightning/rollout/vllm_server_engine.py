@@ -67,6 +67,8 @@ class VLLMServerEngine(RolloutEngine):
         ConfigError: vLLM is not installed, a value cannot work, or a key is needed and not set.
     """
 
+    concurrent = True
+
     def __init__(
         self,
         servers: int = 1,
