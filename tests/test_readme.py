@@ -219,7 +219,7 @@ data:
       init_args: {name: basic_arithmetic, size: 4, params: {min_digits: 1, max_digits: 1}}
     sampling: {max_tokens: 8}
 model:
-  trust_region: {init_args: {delta: 0.02, delta_b: 0.0}}
+  trust_region: {init_args: {delta: 0.02, delta_b: 1.0e-6}}
   reference_kl: {coef: 0.01}
 """
 

@@ -277,10 +277,13 @@ def test_verifiers_in_verifiers_from_yaml(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("own_sys_path")
-def test_weights_are_checked_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_are_checked_before_a_model_is_loaded(
+    tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "nested.yaml").write_text(NESTED.replace("answer: 1,", "anwser: 1,"))
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", str(CONFIGS / "debug.yaml"), "--config", str(tmp_path / "nested.yaml")])
+        configs = ["--config", str(CONFIGS / "debug.yaml"), "--config", str(tmp_path / "nested.yaml")]
+        main(["fit", *configs, "--model.policy.path", str(tiny_model_path)])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "WeightedSum.weights has the names ['anwser', 'form']" in error
