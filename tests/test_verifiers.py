@@ -281,8 +281,8 @@ def test_weights_are_checked_before_a_model_is_loaded(
     tmp_path: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "nested.yaml").write_text(NESTED.replace("answer: 1,", "anwser: 1,"))
+    configs = ["--config", str(CONFIGS / "debug.yaml"), "--config", str(tmp_path / "nested.yaml")]
     with pytest.raises(SystemExit) as end:
-        configs = ["--config", str(CONFIGS / "debug.yaml"), "--config", str(tmp_path / "nested.yaml")]
         main(["fit", *configs, "--model.policy.path", str(tiny_model_path)])
     assert end.value.code == 2
     error = capsys.readouterr().err
