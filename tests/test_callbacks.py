@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,7 +276,17 @@ def test_nothing_that_a_model_writes_is_markup_or_a_control_character() -> None:
     assert "    aaaaaaaaaa\n    ... 80 characters left out ...\n    bbbbbbbbbb" in short
 
 
-def test_run_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tick", "split"),
+    [(1.0, "sampling 0.5, verifying 0.5"), (0.1, "sampling 0.0, verifying 0.1")],
+    ids=["in turn", "drawn ahead: most of its 0.5 s were over before it was wanted"],
+)
+def test_run_summary(
+    tick: float, split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that moves by ``tick`` seconds whenever the callback looks; the rig's rollouts waited 0.5 s for verdicts."""
+    clock = SimpleNamespace(perf_counter=map(lambda n: n * tick, itertools.count()).__next__)
+    monkeypatch.setattr("cppo_lightning.callbacks.run_summary.time", clock)
     monkeypatch.setenv("COLUMNS", "120")
     commands = ["python -m cppo_lightning fit --config " + "x" * 150]
     callbacks = [EvalAccuracy({"sums": Counted(1, 2)}, samples=2), RunSummary(next_commands=commands)]
@@ -282,7 +294,7 @@ def test_run_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     printed = capsys.readouterr().out
     assert f"0.750 at step 0  ->  0.750 at step {2 * UPDATES}" in printed
     assert f"2, {2 * UPDATES}" in printed
-    assert "verifying 0.5" in printed
+    assert f"{split}, updating {UPDATES * tick:.1f}" in printed
     assert "42.86% of tokens (first rollout 42.86%, last 42.86%)" in printed
     assert f"--logdir {tmp_path / 'run'}" in printed
     assert f"\n  {commands[0]}\n" in printed, "a command stays on one line"
