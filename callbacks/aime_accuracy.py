@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cppo_lightning.callbacks.eval_accuracy import EvalAccuracy
-from cppo_lightning.rollout.prompts import DatasetPrompts, PromptSource
+from cppo_lightning.prompts import DatasetPrompts, PromptSource
 
 
 def aime_datasets() -> dict[str, PromptSource]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import Callback
 
 from cppo_lightning.callbacks.reporting import notify, rollout_data
+from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import WeightedMeans, drain, log_metrics
-from cppo_lightning.rollout.engine import Sampling
-from cppo_lightning.rollout.prompts import PromptSource
+from cppo_lightning.prompts import PromptSource
 from cppo_lightning.verifiers.base import Outcome, Problem
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import Callback
 
 from cppo_lightning.errors import RolloutError
-from cppo_lightning.rollout.all_ranks import AllRanksError
+from cppo_lightning.ranks import AllRanksError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

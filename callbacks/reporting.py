@@ -12,9 +12,9 @@ from cppo_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from cppo_lightning.rollout.engine import Sampling
+    from cppo_lightning.engines.engine import Sampling
+    from cppo_lightning.prompts import PromptSource
     from cppo_lightning.rollout.problem_sets import ProblemSets
-    from cppo_lightning.rollout.prompts import PromptSource
     from cppo_lightning.rollout.sampler import Rollout, Sampler
     from cppo_lightning.rollout.stream import RolloutPlan
     from cppo_lightning.verifiers.base import Problem

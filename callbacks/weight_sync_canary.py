@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from cppo_lightning.callbacks.reporting import over_ranks, rollout_data
+from cppo_lightning.engines.checksums import checksums
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.metrics import log_metrics
 from cppo_lightning.mismatch import GapBounds, coarsest
-from cppo_lightning.rollout.checksums import checksums
 from cppo_lightning.rollout.collate import collate
 from cppo_lightning.rollout.sampler import Sample
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cppo_lightning.batch import RolloutBatch
+    from cppo_lightning.engines.engine import Completion, RolloutEngine
     from cppo_lightning.module import RLVRModule
-    from cppo_lightning.rollout.engine import Completion, RolloutEngine
 
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "def fibonacci(n):", "12 + 30 = 42, and 7 * 6 =")
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from cppo_lightning.batch import Gate, TokenStats
-from cppo_lightning.rollout.engine import Completion, Sampling
+from cppo_lightning.engines.engine import Completion, Sampling
 from cppo_lightning.rollout.sampler import Rollout, Sample
 from cppo_lightning.rollout.stream import RolloutPlan
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict

@@ -20,8 +20,8 @@ from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.callbacks import FailureCheckpoint, RolloutMetrics
 from cppo_lightning.datamodule import RolloutDataModule
 from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.ranks import AllRanksError
 from cppo_lightning.rollout import Completion, RolloutPlan, Sampling, TransformersEngine
-from cppo_lightning.rollout.all_ranks import AllRanksError
 from cppo_lightning.rollout.background import Background
 from cppo_lightning.trust_regions import PPOClip
 from cppo_lightning.verifiers import Format

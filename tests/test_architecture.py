@@ -16,10 +16,12 @@ ROOT = "cppo_lightning"
 # A module imports from columns to its left only, or from its own package.
 ORDER = (
     {"errors"},
-    {"batch", "untrusted"},
+    {"batch", "untrusted", "ranks"},
     {"divergences", "advantages", "losses", "logprobs", "theory", "small_models"},
     {"trust_regions", "verifiers", "policy", "metrics"},
     {"mismatch"},
+    {"prompts"},
+    {"engines"},
     {"rollout"},
     {"module", "datamodule"},
     {"replay"},
@@ -61,7 +63,7 @@ def imports(name: str, file: Path) -> Iterator[tuple[str, bool]]:
 
 
 def unit(dotted: str) -> str:
-    """What lies under the root: ``cppo_lightning.rollout.engine`` -> ``rollout``, ``cppo_lightning.Name`` -> ``__init__``."""
+    """What lies under the root: ``cppo_lightning.engines.engine`` -> ``rollout``, ``cppo_lightning.Name`` -> ``__init__``."""
     second = dotted.split(".")[1] if "." in dotted else "__init__"
     return second if second in RANK or (REPOSITORY / ROOT / f"{second}.py").exists() else "__init__"
 
@@ -120,8 +122,8 @@ def test_vllm_is_imported_lazily_in_its_own_files() -> None:
     """The worker extension runs inside a vLLM server and is the one that may import it at once."""
     found = [(name, *used) for name, file in sources().items() for used in imports(name, file)]
     users = {(name, eager) for name, imported, eager in found if imported.split(".")[0] == "vllm"}
-    assert {name for name, _ in users if not name.startswith(f"{ROOT}.rollout.vllm_")} == set()
-    assert {name for name, eager in users if eager} <= {f"{ROOT}.rollout.vllm_worker"}
+    assert {name for name, _ in users if not name.startswith(f"{ROOT}.engines.vllm.")} == set()
+    assert {name for name, eager in users if eager} <= {f"{ROOT}.engines.vllm.worker"}
 
 
 def test_the_root_and_the_verifiers_do_without_torch() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.prompts import BadRowError, BadRows, DatasetPrompts, LoadCounts, PromptSource, check_problems
+from cppo_lightning.prompts import BadRowError, BadRows, DatasetPrompts, LoadCounts, PromptSource, check_problems
 from cppo_lightning.verifiers import MathAnswer, Problem
 from tests.test_prompts import write
 

@@ -28,8 +28,8 @@ from cppo_lightning.callbacks import (
 from cppo_lightning.callbacks.text_samples import as_markdown
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import Totals, masked_total
-from cppo_lightning.rollout.bad_rows import BadRows
-from cppo_lightning.rollout.prompts import DatasetPrompts, PromptSource
+from cppo_lightning.prompts import DatasetPrompts, PromptSource
+from cppo_lightning.prompts.bad_rows import BadRows
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.verifiers.base import Outcome, Problem
 from tests.callback_rig import UPDATES, Data, Module, events, rollout, scalars, stats_and_gate, trainer

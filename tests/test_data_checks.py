@@ -23,6 +23,8 @@ from cppo_lightning.callbacks import DataReport, EvalAccuracy
 from cppo_lightning.cli import main
 from cppo_lightning.datamodule import Evaluation
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.prompts.contamination import GRAM, MIN_GRAMS, SHARE, Overlap, TrainingTexts, tokens
+from cppo_lightning.prompts.fingerprint import fingerprint
 from cppo_lightning.rollout import (
     BadRows,
     DatasetPrompts,
@@ -32,8 +34,6 @@ from cppo_lightning.rollout import (
     TransformersEngine,
     VLLMEngine,
 )
-from cppo_lightning.rollout.contamination import GRAM, MIN_GRAMS, SHARE, Overlap, TrainingTexts, tokens
-from cppo_lightning.rollout.fingerprint import fingerprint
 from cppo_lightning.rollout.problem_sets import DataRules, ProblemSets, context_length
 from cppo_lightning.verifiers import Format, MathAnswer, Problem, VerifierPool
 from tests.conftest import REPOSITORY
@@ -213,7 +213,7 @@ def test_a_fingerprint_is_not_of_places_or_the_order_of_keys() -> None:
 SCRIPT = """
 from fractions import Fraction
 from cppo_lightning.rollout import PromptTemplate
-from cppo_lightning.rollout.fingerprint import fingerprint
+from cppo_lightning.prompts.fingerprint import fingerprint
 from cppo_lightning.verifiers import Problem
 
 class Plain:

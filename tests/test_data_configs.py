@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from cppo_lightning.cli import main
-from cppo_lightning.rollout.prompts import BadRows, LoadCounts, PromptSource
+from cppo_lightning.prompts import BadRows, LoadCounts, PromptSource
 from cppo_lightning.rollout.sampler import Sampler
 from cppo_lightning.verifiers import Verifier
 from tests.test_presets import contains, printed, read

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from cppo_lightning.batch import Gate, RolloutBatch, TokenStats
 from cppo_lightning.datamodule import RolloutDataModule
 from cppo_lightning.divergences import BinaryTV, TopKTV
+from cppo_lightning.engines.engine import OnCompletion
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.losses import LossAggregation, ReferenceKL
 from cppo_lightning.mismatch import MismatchCorrection, RecomputedBatch, TokenMask, TruncatedImportance
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import PolicyConfig
 from cppo_lightning.rollout import Completion, ReasoningGymPrompts, RolloutPlan, Sampling, TransformersEngine
-from cppo_lightning.rollout.engine import OnCompletion
 from cppo_lightning.trust_regions import CPPO, PPOClip, TrustRegion
 from cppo_lightning.verifiers import Format
 from cppo_lightning.verifiers.overlong import Overlong

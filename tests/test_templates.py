@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.prompts import PromptTemplate
+from cppo_lightning.prompts import PromptTemplate
 from cppo_lightning.verifiers import Problem
 
 

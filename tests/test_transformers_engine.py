@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, PreTrainedModel
 
+from cppo_lightning.engines.draw import draw
+from cppo_lightning.engines.engine import Completion, Sampling
+from cppo_lightning.engines.transformers_engine import TransformersEngine
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout.draw import draw
-from cppo_lightning.rollout.engine import Completion, Sampling
-from cppo_lightning.rollout.transformers_engine import TransformersEngine
 
 PROMPTS = [list(range(40, 47)), [90], list(range(100, 123)), [5, 200, 17]]
 # float32 sums in another order; every difference met was below 5e-6

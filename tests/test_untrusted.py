@@ -18,11 +18,11 @@ import torch
 import yaml
 
 from cppo_lightning.cli import main
+from cppo_lightning.engines.requests import eos_token_ids, read_config
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import Policy, PolicyConfig
 from cppo_lightning.rollout import DatasetPrompts, TransformersEngine
-from cppo_lightning.rollout.requests import eos_token_ids, read_config
 from cppo_lightning.trust_regions import PPOClip
 from tests.test_architecture import REPOSITORY
 from tests.test_fit import make_data, make_module, make_trainer

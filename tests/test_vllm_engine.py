@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from cppo_lightning.engines.engine import Completion, Sampling
+from cppo_lightning.engines.vllm.capture import CapturedResponse
+from cppo_lightning.engines.vllm.engine import VLLMEngine
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout import PromptTemplate, Sampler
-from cppo_lightning.rollout.capture import CapturedResponse
-from cppo_lightning.rollout.engine import Completion, Sampling
-from cppo_lightning.rollout.vllm_engine import VLLMEngine
 from cppo_lightning.verifiers import Outcome, Problem, Verdict
 
 needs_vllm = [pytest.mark.vllm, pytest.mark.slow]

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
+from cppo_lightning.engines.checksums import checksums
+from cppo_lightning.engines.engine import Completion
+from cppo_lightning.engines.vllm import settings as vllm_settings
+from cppo_lightning.engines.vllm.engine import VLLMEngine
+from cppo_lightning.engines.vllm.lent_memory import LentMemory
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.policy import Policy, PolicyConfig
-from cppo_lightning.rollout import Sampling, vllm_settings
-from cppo_lightning.rollout.checksums import checksums
-from cppo_lightning.rollout.engine import Completion
-from cppo_lightning.rollout.lent_memory import LentMemory
-from cppo_lightning.rollout.vllm_engine import VLLMEngine
+from cppo_lightning.rollout import Sampling
 
 PROMPTS = [[[5, 6, 7], [9, 8]], [[30, 40, 50, 60]]]  # by rank
 

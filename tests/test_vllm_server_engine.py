@@ -18,14 +18,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cppo_lightning.engines.checksums import checksums
+from cppo_lightning.engines.engine import Completion, Sampling
+from cppo_lightning.engines.vllm import process as vllm_process
+from cppo_lightning.engines.vllm import server_engine as vllm_server_engine
+from cppo_lightning.engines.vllm.answers import completions_of
+from cppo_lightning.engines.vllm.client import Patience
+from cppo_lightning.engines.vllm.server_engine import VLLMServerEngine
+from cppo_lightning.engines.vllm.weight_folder import WeightFolder, write_weights
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout import vllm_process, vllm_server_engine
-from cppo_lightning.rollout.checksums import checksums
-from cppo_lightning.rollout.engine import Completion, Sampling
-from cppo_lightning.rollout.vllm_answers import completions_of
-from cppo_lightning.rollout.vllm_client import Patience
-from cppo_lightning.rollout.vllm_server_engine import VLLMServerEngine
-from cppo_lightning.rollout.weight_folder import WeightFolder, write_weights
 
 from . import fake_vllm_server
 from .test_vllm_engine import largest_difference, needs_vllm, oracle_logp
@@ -330,7 +331,7 @@ class TestServersThatFail:
             raise OSError("No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("cppo_lightning.rollout.vllm_fleet.write_weights", full)
+            patch.setattr("cppo_lightning.engines.vllm.fleet.write_weights", full)
             with pytest.raises(RolloutError, match=r"cannot be written .* No space left"):
                 engine.load_weights(gathered(), 1)
         assert read == [name for name, _ in model.named_parameters()], "other ranks would wait for the rest"
@@ -564,7 +565,7 @@ class TestWithVLLM:
             write_weights(((name, tensor) for name, tensor in weights if name != "model.norm.weight"), folder, label)
 
         with monkeypatch.context() as patch:
-            patch.setattr("cppo_lightning.rollout.vllm_fleet.write_weights", sabotaged)
+            patch.setattr("cppo_lightning.engines.vllm.fleet.write_weights", sabotaged)
             with pytest.raises(RolloutError, match=r"missing 1: model\.norm\.weight"):
                 engine.load_weights(model.named_parameters(), 9)
         assert engine.version == -1

@@ -21,12 +21,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from cppo_lightning import policy as policy_module
+from cppo_lightning.engines.checksums import checksum, checksums
+from cppo_lightning.engines.vllm.lent_memory import WEIGHTS, LentMemory
+from cppo_lightning.engines.vllm.weights import received
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.policy import Policy, PolicyConfig
 from cppo_lightning.rollout import Sampling, TransformersEngine
-from cppo_lightning.rollout.checksums import checksum, checksums
-from cppo_lightning.rollout.lent_memory import WEIGHTS, LentMemory
-from cppo_lightning.rollout.weights import received
 from tests.test_batch import make_batch
 
 PROMPTS = [[5, 6, 7], [9, 8], [30, 40, 50, 60]]

@@ -1,7 +1,15 @@
 """Rollouts: prompts in, judged samples with their log-probabilities out, cut into minibatches."""
 
-from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
-from cppo_lightning.rollout.prompts import (
+from cppo_lightning.engines import (
+    Completion,
+    Patience,
+    RolloutEngine,
+    Sampling,
+    TransformersEngine,
+    VLLMEngine,
+    VLLMServerEngine,
+)
+from cppo_lightning.prompts import (
     BadRowError,
     BadRows,
     DatasetPrompts,
@@ -16,10 +24,6 @@ from cppo_lightning.rollout.prompts import (
 )
 from cppo_lightning.rollout.sampler import Rollout, Sample, Sampler
 from cppo_lightning.rollout.stream import RolloutPlan, RolloutStream
-from cppo_lightning.rollout.transformers_engine import TransformersEngine
-from cppo_lightning.rollout.vllm_client import Patience
-from cppo_lightning.rollout.vllm_engine import VLLMEngine
-from cppo_lightning.rollout.vllm_server_engine import VLLMServerEngine
 
 __all__ = [
     "BadRowError",

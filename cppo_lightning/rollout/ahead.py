@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cppo_lightning.rollout.all_ranks import on_all_ranks
+from cppo_lightning.ranks import on_all_ranks
 from cppo_lightning.rollout.background import Background
 from cppo_lightning.rollout.stream import refilled
 
 if TYPE_CHECKING:
-    from cppo_lightning.rollout.prompt_order import PromptOrder
+    from cppo_lightning.prompts.prompt_order import PromptOrder
     from cppo_lightning.rollout.sampler import Rollout
     from cppo_lightning.rollout.stream import RolloutPlan
     from cppo_lightning.verifiers.base import Problem

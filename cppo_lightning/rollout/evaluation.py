@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import IterableDataset
 
+from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.engine import Sampling
-from cppo_lightning.rollout.prompt_source import PromptSource
+from cppo_lightning.prompts.prompt_source import PromptSource
 from cppo_lightning.rollout.sampler import Rollout
 
 if TYPE_CHECKING:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.bad_rows import BadRows, LoadCounts
-from cppo_lightning.rollout.contamination import Overlap, TrainingTexts
-from cppo_lightning.rollout.fingerprint import fingerprint
-from cppo_lightning.rollout.prompt_source import PromptSource, check_problems
+from cppo_lightning.prompts.bad_rows import BadRows, LoadCounts
+from cppo_lightning.prompts.contamination import Overlap, TrainingTexts
+from cppo_lightning.prompts.fingerprint import fingerprint
+from cppo_lightning.prompts.prompt_source import PromptSource, check_problems
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PretrainedConfig
 
-    from cppo_lightning.rollout.engine import RolloutEngine
+    from cppo_lightning.engines.engine import RolloutEngine
     from cppo_lightning.rollout.sampler import Sampler
     from cppo_lightning.verifiers.base import Problem
 

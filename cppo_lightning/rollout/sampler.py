@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cppo_lightning.engines.engine import Completion, RolloutEngine, Sampling
 from cppo_lightning.errors import RolloutError
-from cppo_lightning.rollout.engine import Completion, RolloutEngine, Sampling
 from cppo_lightning.verifiers.base import Problem, Verdict
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from cppo_lightning.rollout.prompts import PromptTemplate
+    from cppo_lightning.prompts import PromptTemplate
     from cppo_lightning.verifiers.pool import VerifierPool
 
 

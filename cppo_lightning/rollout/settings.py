@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cppo_lightning.engines.engine import RolloutEngine, Sampling
     from cppo_lightning.mismatch import Anchor
-    from cppo_lightning.rollout.engine import RolloutEngine, Sampling
     from cppo_lightning.rollout.stream import RolloutPlan
     from cppo_lightning.verifiers.overlong import Overlong
 

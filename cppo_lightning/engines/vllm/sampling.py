@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
+from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError, answer_of
 from cppo_lightning.errors import RolloutError
-from cppo_lightning.rollout.vllm_client import Patience, Server, ServerAwayError, answer_of
 
 _MOST_IN_FLIGHT = 256  # requests per server; what it cannot run yet waits there
 _ATTEMPTS = 3  # of one prompt, at servers that are well before and after it

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from cppo_lightning.engines.engine import Completion, Sampling
+from cppo_lightning.engines.vllm.capture import CapturedResponse
 from cppo_lightning.errors import RolloutError
-from cppo_lightning.rollout.capture import CapturedResponse
-from cppo_lightning.rollout.engine import Completion, Sampling
 
 _LEAST = -9999.0  # what the server writes for -inf and NaN, which JSON has not
 

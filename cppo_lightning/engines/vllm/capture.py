@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cppo_lightning.engines.engine import Completion
 from cppo_lightning.errors import RolloutError
-from cppo_lightning.rollout.engine import Completion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

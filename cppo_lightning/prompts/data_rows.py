@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.bad_rows import BadRowError
+from cppo_lightning.prompts.bad_rows import BadRowError
 
 _FILES = (".jsonl", ".json", ".parquet")
 

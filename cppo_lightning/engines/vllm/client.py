@@ -54,7 +54,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Server:
-    """A vLLM server that runs ``vllm_worker``'s guard and worker extension.
+    """A vLLM server that runs :mod:`~cppo_lightning.engines.vllm.worker`'s guard and worker extension.
 
     Args:
         url: its address, for example http://10.0.0.7:8000.

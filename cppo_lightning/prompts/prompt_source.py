@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.bad_rows import BadRowError, BadRows
+from cppo_lightning.prompts.bad_rows import BadRowError, BadRows
 from cppo_lightning.verifiers.base import Outcome, Problem, Verifier
 from cppo_lightning.verifiers.pool import VerifierPool
 

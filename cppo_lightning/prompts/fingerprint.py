@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cppo_lightning.rollout.templates import PromptTemplate
+    from cppo_lightning.prompts.templates import PromptTemplate
     from cppo_lightning.verifiers.base import Problem
 
 

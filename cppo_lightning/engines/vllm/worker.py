@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cppo_lightning.rollout.checksums import checksum
-from cppo_lightning.rollout.requests import checked_weights, meta_parameters, read_config
-from cppo_lightning.rollout.vllm_settings import repack_output_head
-from cppo_lightning.rollout.weight_folder import WeightFolder
+from cppo_lightning.engines.checksums import checksum
+from cppo_lightning.engines.requests import checked_weights, meta_parameters, read_config
+from cppo_lightning.engines.vllm.settings import repack_output_head
+from cppo_lightning.engines.vllm.weight_folder import WeightFolder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 
+from cppo_lightning.engines.vllm.client import Patience, Server
+from cppo_lightning.engines.vllm.keeper import Keeper
+from cppo_lightning.engines.vllm.process import ServerProcess, how_to_serve
+from cppo_lightning.engines.vllm.weight_folder import write_weights
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout.vllm_client import Patience, Server
-from cppo_lightning.rollout.vllm_keeper import Keeper
-from cppo_lightning.rollout.vllm_process import ServerProcess, how_to_serve
-from cppo_lightning.rollout.weight_folder import write_weights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cppo_lightning.rollout.engine import Sampling
+    from cppo_lightning.engines.engine import Sampling
 
 # a nucleus rarely holds more tokens than this, and finding so few costs a fraction of a full sort
 NUCLEUS_GUESS = 256

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cppo_lightning.rollout.dapo import bare_question
+from cppo_lightning.prompts.dapo import bare_question
 from cppo_lightning.verifiers.base import Problem
 
 # Between AIME 1983-2023 and MATH's training split, which took in many of those problems, they find 458 pairs, 95 of them near,

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.bad_rows import BadRows
-from cppo_lightning.rollout.prompt_source import PromptSource
+from cppo_lightning.prompts.bad_rows import BadRows
+from cppo_lightning.prompts.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
 
 

@@ -7,9 +7,9 @@ import time
 import warnings
 from pathlib import Path
 
+from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError
+from cppo_lightning.engines.vllm.process import ServerProcess
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout.vllm_client import Patience, Server, ServerAwayError
-from cppo_lightning.rollout.vllm_process import ServerProcess
 
 _LOOK_SECONDS = 0.5
 

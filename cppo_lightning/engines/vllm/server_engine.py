@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout.engine import Completion, OnCompletion, RolloutEngine, Sampling
-from cppo_lightning.rollout.rank_zero import from_rank_zero, is_rank_zero
-from cppo_lightning.rollout.requests import (
+from cppo_lightning.engines.engine import Completion, OnCompletion, RolloutEngine, Sampling
+from cppo_lightning.engines.requests import (
     Completions,
     check_request,
     checked_weights,
@@ -23,12 +21,14 @@ from cppo_lightning.rollout.requests import (
     meta_parameters,
     read_config,
 )
-from cppo_lightning.rollout.vllm_answers import completions_of, request_body
-from cppo_lightning.rollout.vllm_client import Patience, Server, is_loopback
-from cppo_lightning.rollout.vllm_fleet import Fleet
-from cppo_lightning.rollout.vllm_process import REQUIRED, ServerProcess
-from cppo_lightning.rollout.vllm_sampling import sampled
-from cppo_lightning.rollout.vllm_settings import CPU_DEFAULTS, RESERVED, check_installed, check_settings
+from cppo_lightning.engines.vllm.answers import completions_of, request_body
+from cppo_lightning.engines.vllm.client import Patience, Server, is_loopback
+from cppo_lightning.engines.vllm.fleet import Fleet
+from cppo_lightning.engines.vllm.process import REQUIRED, ServerProcess
+from cppo_lightning.engines.vllm.sampling import sampled
+from cppo_lightning.engines.vllm.settings import CPU_DEFAULTS, RESERVED, check_installed, check_settings
+from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.ranks import from_rank_zero, is_rank_zero
 
 if TYPE_CHECKING:
     from torch import Tensor

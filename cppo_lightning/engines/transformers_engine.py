@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from cppo_lightning.engines.checksums import checksums
+from cppo_lightning.engines.draw import Draw, draw
+from cppo_lightning.engines.engine import Completion, OnCompletion, RolloutEngine, Sampling
+from cppo_lightning.engines.requests import Completions, check_request, checked_weights, eos_token_ids, read_config
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout.checksums import checksums
-from cppo_lightning.rollout.draw import Draw, draw
-from cppo_lightning.rollout.engine import Completion, OnCompletion, RolloutEngine, Sampling
-from cppo_lightning.rollout.requests import Completions, check_request, checked_weights, eos_token_ids, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class TransformersEngine(RolloutEngine):
             return
         from transformers import AutoModelForCausalLM
 
-        from cppo_lightning.rollout.fast_decoding import speed_up
+        from cppo_lightning.engines.fast_decoding import speed_up
 
         device = _device(self.device)
         eos = eos_token_ids(model, read_config(model))
@@ -194,7 +194,7 @@ class _Batch:
 
     def _read_prompts(self) -> tuple[Tensor, DynamicCache, Tensor]:
         """Each prompt once: logits ``[R, V]`` of the first response token, the cache, and the attention mask ``[R, S]``."""
-        from cppo_lightning.rollout.fast_decoding import growing_cache
+        from cppo_lightning.engines.fast_decoding import growing_cache
 
         width = max(len(prompt) for prompt in self.prompts)
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in self.prompts], device=self.model.device)

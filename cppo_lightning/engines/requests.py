@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from cppo_lightning.rollout.engine import Completion, OnCompletion, Sampling
+    from cppo_lightning.engines.engine import Completion, OnCompletion, Sampling
 
 
 def read_config(model: str) -> PretrainedConfig:

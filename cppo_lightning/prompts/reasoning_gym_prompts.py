@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.bad_rows import BadRows
-from cppo_lightning.rollout.prompt_source import PromptSource
+from cppo_lightning.prompts.bad_rows import BadRows
+from cppo_lightning.prompts.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
 from cppo_lightning.verifiers.reasoning_gym import INSTALL, refuse_evaluating
 

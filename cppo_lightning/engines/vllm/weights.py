@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from cppo_lightning.rollout.checksums import checksum
+from cppo_lightning.engines.checksums import checksum
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cppo_lightning.engines.checksums import checksum
 from cppo_lightning.errors import RolloutError
-from cppo_lightning.rollout.checksums import checksum
 
 SHARD_BYTES = 512 * 2**20
 _MANIFEST = "manifest.json"

@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.rollout.capture import CapturedResponse
-from cppo_lightning.rollout.engine import Completion, OnCompletion, RolloutEngine, Sampling
-from cppo_lightning.rollout.lent_memory import WEIGHTS, LentMemory
-from cppo_lightning.rollout.process_state import process_state_kept, set_environment
-from cppo_lightning.rollout.requests import (
+from cppo_lightning.engines.engine import Completion, OnCompletion, RolloutEngine, Sampling
+from cppo_lightning.engines.requests import (
     Completions,
     check_request,
     checked_weights,
@@ -23,7 +19,10 @@ from cppo_lightning.rollout.requests import (
     meta_parameters,
     read_config,
 )
-from cppo_lightning.rollout.vllm_settings import (
+from cppo_lightning.engines.vllm.capture import CapturedResponse
+from cppo_lightning.engines.vllm.lent_memory import WEIGHTS, LentMemory
+from cppo_lightning.engines.vllm.process_state import process_state_kept, set_environment
+from cppo_lightning.engines.vllm.settings import (
     CPU_DEFAULTS,
     IN_PROCESS,
     check_installed,
@@ -32,7 +31,8 @@ from cppo_lightning.rollout.vllm_settings import (
     repack_output_head,
     shut_down,
 )
-from cppo_lightning.rollout.weights import received
+from cppo_lightning.engines.vllm.weights import received
+from cppo_lightning.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.rollout.bad_rows import BadRowError, BadRows
-from cppo_lightning.rollout.dapo import DAPO_KEYS, bare_question, dapo_columns, is_dapo
-from cppo_lightning.rollout.data_rows import columns, raw_rows
-from cppo_lightning.rollout.prompt_source import PromptSource
+from cppo_lightning.prompts.bad_rows import BadRowError, BadRows
+from cppo_lightning.prompts.dapo import DAPO_KEYS, bare_question, dapo_columns, is_dapo
+from cppo_lightning.prompts.data_rows import columns, raw_rows
+from cppo_lightning.prompts.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
 from cppo_lightning.verifiers.normalise import last_boxed
 
