@@ -19,7 +19,10 @@ PROB_MEAN, PROB_MAX = "mismatch/prob_gap_mean", "mismatch/prob_gap_max"
 
 
 class FirstUpdateMetrics(GateMetrics):
-    """Quantities of each rollout's first update, where pi and mu have the same weights and only numerics tell them apart."""
+    """Quantities of each rollout's first update, where pi and mu have the same weights and only numerics tell them apart.
+
+    Of rollouts drawn ahead (``data.plan.max_staleness`` 1) that is a run's first alone.
+    """
 
     _on_policy = False
 

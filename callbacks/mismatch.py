@@ -55,7 +55,9 @@ class Mismatch(FirstUpdateMetrics):
       in long responses.
     - ``masked``: share of tokens that were dropped.
 
-    Rollouts from weights that are older than the policy at their first update, such as those drawn ahead, are left out.
+    Rollouts from weights that are older than the policy at their first update are left out: learning would count as numerics.
+    With ``data.plan.max_staleness`` 1 these are all but a run's first, and what numerics do later is only seen by
+    :class:`WeightSyncCanary`, which draws its texts after a sync (and waits for the rollout ahead to do so).
 
     Args:
         bins: number of equal slices of a response's own length for ``logp_gap_at``.

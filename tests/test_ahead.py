@@ -96,11 +96,12 @@ def run(
     callbacks: Sequence[Callback] = (),
     resume: Path | None = None,
     trainer: dict[str, Any] | None = None,
+    module_settings: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Run:
     """A run's notes, its weights at the end, and its datamodule, closed."""
     seed_everything(0, verbose=False)
-    notes, module = Trained(), make_module(path)
+    notes, module = Trained(), make_module(path, **(module_settings or {}))
     data = make_data(path, **{"engine": Engine(), "plan": plan(ahead), **settings})
     try:
         lightning = make_trainer(folder, [notes, *callbacks], rollouts, **(trainer or {}))

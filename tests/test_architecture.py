@@ -68,6 +68,11 @@ def unit(dotted: str) -> str:
     return second if second in RANK or (REPOSITORY / ROOT / f"{second}.py").exists() else "__init__"
 
 
+def in_unit(dotted: str, modules: set[str]) -> bool:
+    """Whether ``dotted`` is one of ``modules`` or a name in one."""
+    return dotted in modules or dotted.rpartition(".")[0] in modules
+
+
 def violations(modules: dict[str, Path]) -> list[str]:
     wrong = []
     for name, file in modules.items():
@@ -119,11 +124,13 @@ def test_the_rule_sees_what_is_wrong(tmp_path: Path, line: str, expected: bool) 
 
 
 def test_vllm_is_imported_lazily_in_its_own_files() -> None:
-    """The worker extension runs inside a vLLM server and is the one that may import it at once."""
+    """What runs inside a vLLM server, or is one end of a transfer, may import it at once; nothing else loads those."""
     found = [(name, *used) for name, file in sources().items() for used in imports(name, file)]
-    users = {(name, eager) for name, imported, eager in found if imported.split(".")[0] == "vllm"}
+    users = {(name, at_once) for name, imported, at_once in found if imported.split(".")[0] == "vllm"}
     assert {name for name, _ in users if not name.startswith(f"{ROOT}.engines.vllm.")} == set()
-    assert {name for name, eager in users if eager} <= {f"{ROOT}.engines.vllm.worker"}
+    inside = {f"{ROOT}.engines.vllm.{name}" for name in ("guard", "route", "worker", "transfer_backends", "transfer_trainer")}
+    assert {name for name, at_once in users if at_once} <= inside
+    assert {name for name, imported, at_once in found if at_once and in_unit(imported, inside)} <= inside
 
 
 def test_the_root_and_the_verifiers_do_without_torch() -> None:

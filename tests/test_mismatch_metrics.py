@@ -21,7 +21,7 @@ from cppo_lightning.divergences import BinaryTV, TopKTV
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import Totals, WeightedMeans, bin_names
 from cppo_lightning.policy import Policy, PolicyConfig
-from cppo_lightning.rollout import Sampling, TransformersEngine, VLLMEngine
+from cppo_lightning.rollout import RolloutPlan, Sampling, TransformersEngine, VLLMEngine
 from cppo_lightning.trust_regions import CPPO, DPPO, TRM, PPOClip, TrustRegion
 from cppo_lightning.trust_regions.fixed_horizon_cppo import FixedHorizonCPPO
 from cppo_lightning.trust_regions.soft_cppo import SoftCPPO
@@ -170,9 +170,10 @@ def test_only_limits_that_a_trust_region_has_are_reported(region: Any, has: set[
         assert found["mismatch/threshold_spent_mean"] == pytest.approx(found["mismatch/divergence_mean"] / 0.15)
 
 
-def measured(path: Path, folder: Path, region: TrustRegion, dtype: Any) -> dict[str, list[tuple[int, float]]]:
+def measured(path: Path, folder: Path, region: TrustRegion, dtype: Any, ahead: int = 0) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of two rollouts of two updates each."""
-    data, module = make_data(path, engine=TransformersEngine(dtype)), make_module(path, trust_region=region)
+    plan = RolloutPlan(prompts=4, samples=4, updates=2, max_staleness=ahead)
+    data, module = make_data(path, engine=TransformersEngine(dtype), plan=plan), make_module(path, trust_region=region)
     logger = TensorBoardLogger(folder, name="", version="run")
     callbacks = [Mismatch(bins=BINS), LogProbGap()]
     make_trainer(folder, callbacks, rollouts=2, logger=logger).fit(module, datamodule=data)
@@ -197,6 +198,13 @@ def test_a_real_engine_is_measured_at_each_rollouts_first_update(tiny_model_path
         for (_, small), (_, large) in zip(exact[f"mismatch/{tag}"], coarse[f"mismatch/{tag}"], strict=True):
             assert 0 < small < bound
             assert large > 20 * small, f"{tag}: bf16 should show"
+
+
+def test_learning_is_not_counted_as_numerics(tiny_model_path: Path, tmp_path: Path) -> None:
+    """The second rollout, drawn ahead, is two steps old at its first update."""
+    found = measured(tiny_model_path, tmp_path, CPPO(TopKTV(5)), "float32", ahead=1)
+    assert {step for tag, values in found.items() if tag.startswith("mismatch/") for step, _ in values} == {0}
+    assert [step for step, _ in found["train/loss"]] == [0, 1, 2, 3]
 
 
 @pytest.mark.vllm

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cppo_lightning.engines.checksums import checksums
 from cppo_lightning.engines.engine import Completion, Sampling
 from cppo_lightning.engines.vllm import process as vllm_process
-from cppo_lightning.engines.vllm import server_engine as vllm_server_engine
-from cppo_lightning.engines.vllm.answers import completions_of
 from cppo_lightning.engines.vllm.client import Patience
 from cppo_lightning.engines.vllm.server_engine import VLLMServerEngine
 from cppo_lightning.engines.vllm.weight_folder import WeightFolder, write_weights
@@ -146,55 +145,10 @@ class TestWeightFolder:
             list(WeightFolder(folder, "run/1").tensors())
 
 
-class TestAnswers:
-    @staticmethod
-    def answer(**changes: Any) -> dict[str, Any]:
-        steps = [
-            {"token_id": 7, "logprob": -3.0, "top_logprobs": [(7, -3.0), (1, -0.5), (2, -1.0)]},  # sampled outside the top 2
-            {"token_id": 2, "logprob": -1.5, "top_logprobs": [(2, -1.5), (9, -0.25), (4, -9999.0)]},
-        ]
-        for step in steps:
-            step["top_logprobs"] = [{"token_id": i, "logprob": logp} for i, logp in step["top_logprobs"]]
-        whole = {"index": 0, "token_ids": [7, 2], "finish_reason": "stop", "logprobs": {"content": steps}}
-        return whole | changes
-
-    def test_the_most_likely_tokens_come_first(self) -> None:
-        ((place, completion),) = completions_of([self.answer()], first=5, n=1, top_logprobs=2)
-        assert (place, completion.finished, completion.ids.tolist()) == (5, True, [7, 2])
-        assert completion.logp.tolist() == [-3.0, -1.5]
-        assert completion.topk_ids is not None
-        assert completion.topk_logp is not None
-        assert completion.topk_ids.tolist() == [[1, 2], [9, 2]]
-        assert completion.topk_logp.tolist() == [[-0.5, -1.0], [-0.25, -1.5]]
-
-    def test_what_the_server_cannot_write_is_minus_infinity(self) -> None:
-        ((_, completion),) = completions_of([self.answer()], first=0, n=1, top_logprobs=3)
-        assert completion.topk_logp is not None
-        assert completion.topk_logp[1].tolist() == [-0.25, -1.5, -torch.inf]
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"finish_reason": "abort"}, "by 'abort'"),
-            ({"logprobs": None}, "no log-probabilities"),
-            ({"token_ids": [7, 3]}, "other tokens"),
-            ({"index": 1}, r"samples \[1\] of a prompt, not 0 to 0"),
-        ],
-    )
-    def test_what_must_not_be_trained_on(self, changes: dict[str, Any], message: str) -> None:
-        with pytest.raises(RolloutError, match=message):
-            list(completions_of([self.answer(**changes)], 0, 1, 2))
-
-    def test_too_few_top_logprobs(self) -> None:
-        with pytest.raises(RolloutError, match="fewer than 4 top log-probabilities"):
-            list(completions_of([self.answer()], 0, 1, 4))
-
-
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., VLLMServerEngine]]:
     """Makes engines whose servers are ``fake_vllm_server``, with ``tmp_path`` as their working folder."""
-    monkeypatch.setattr(vllm_process, "SERVE", (fake_vllm_server.__file__,))
-    monkeypatch.setattr(vllm_server_engine, "check_installed", lambda _: None)
+    fake_vllm_server.stand_in(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
     made: list[VLLMServerEngine] = []
 
@@ -326,12 +280,12 @@ class TestServersThatFail:
                 read.append(name)
                 yield name, parameter
 
-        def full(weights: Iterator[Any], *_: Any) -> None:
-            next(weights)
+        def full(*_: Any) -> None:
             raise OSError("No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("cppo_lightning.engines.vllm.fleet.write_weights", full)
+            patch.setattr("cppo_lightning.engines.vllm.weight_transfer.write_weights", partial(write_weights, shard_bytes=1))
+            patch.setattr("cppo_lightning.engines.vllm.weight_folder.save_file", full)
             with pytest.raises(RolloutError, match=r"cannot be written .* No space left"):
                 engine.load_weights(gathered(), 1)
         assert read == [name for name, _ in model.named_parameters()], "other ranks would wait for the rest"
@@ -366,23 +320,29 @@ class TestServersThatFail:
         assert list((tmp_path / "folder").iterdir()) == []
 
 
-def test_a_server_ends_with_its_trainer() -> None:
-    """Even with SIGKILL, and with all that the server has started."""
+def test_a_server_ends_with_its_trainer_and_leaves_nothing(tmp_path: Path) -> None:
+    """Even with SIGKILL, and with all that the server has started; of the run's folder nothing stays, of others all."""
+    folder = tmp_path / "vllm-1"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "weights").touch()
+    (tmp_path / "vllm-2").mkdir()
     supervisor = Path(vllm_process.__file__).with_name("supervisor.py")
     server = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '600'])"]
     code = (
         "import os, subprocess, sys, time\n"
-        f"command = [sys.executable, '-P', {str(supervisor)!r}, str(os.getpid()), *{server!r}]\n"
+        f"command = [sys.executable, '-P', {str(supervisor)!r}, str(os.getpid()), {str(folder)!r}, *{server!r}]\n"
         "print(subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL).pid, flush=True); time.sleep(600)"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     group = int(trainer.stdout.readline())
     assert not eventually(lambda: is_empty(group), seconds=1)
+    assert (folder / "1" / "weights").exists()
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
     assert eventually(lambda: is_empty(group))
+    assert [left.name for left in tmp_path.iterdir()] == ["vllm-2"]
 
 
 class TestServersElsewhere:
@@ -429,13 +389,18 @@ class TestServersElsewhere:
 
     @pytest.mark.parametrize(
         ("name", "value"),
-        [("dtype", "bfloat16"), ("logprobs_mode", "raw_logprobs"), ("max_logprobs", 20), ("takes_seeds", False)],
+        [("dtype", "bfloat16"), ("logprobs_mode", "raw_logprobs"), ("max_logprobs", 19), ("takes_seeds", False)],
     )
     def test_that_runs_with_other_settings(
         self, fakes: Callable[..., VLLMServerEngine], url: str, tiny_model_path: Path, name: str, value: object
     ) -> None:
         fake_vllm_server.state["description"][name] = value
         with pytest.raises(ConfigError, match=rf"has {name} {value}, .* --logprobs-mode processed_logprobs"):
+            fakes(urls=[url]).start(str(tiny_model_path))
+
+    def test_that_runs_another_vllm(self, fakes: Callable[..., VLLMServerEngine], url: str, tiny_model_path: Path) -> None:
+        fake_vllm_server.state["description"]["version"] = "0.33.0"
+        with pytest.raises(ConfigError, match=rf"vLLM 0\.33\.0 is installed at {url}, .* tested with >=0\.32"):
             fakes(urls=[url]).start(str(tiny_model_path))
 
     def test_that_does_not_answer(self, fakes: Callable[..., VLLMServerEngine], url: str, tiny_model_path: Path) -> None:
@@ -448,8 +413,7 @@ def _rank(rank: int, folder: str, port: str, model: str) -> None:
     """One of two ranks that share a server; rank 0 has the disk."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, KEY: "secret"}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    vllm_process.SERVE = (fake_vllm_server.__file__,)
-    vllm_server_engine.check_installed = lambda _: None
+    fake_vllm_server.stand_in()
     os.chdir(folder)
     engine = VLLMServerEngine(patience=QUICK)
     engine.start(model)
@@ -528,7 +492,7 @@ class TestWithVLLM:
         url, key = engine._servers[0].url, engine._servers[0].headers
         routes = (
             "/collective_rpc",
-            "/inference/v1/generate",
+            "/cppo/generate",
             "/update_weight_version",
             "/reset_prefix_cache",
             "/v1/completions",
@@ -565,7 +529,7 @@ class TestWithVLLM:
             write_weights(((name, tensor) for name, tensor in weights if name != "model.norm.weight"), folder, label)
 
         with monkeypatch.context() as patch:
-            patch.setattr("cppo_lightning.engines.vllm.fleet.write_weights", sabotaged)
+            patch.setattr("cppo_lightning.engines.vllm.weight_transfer.write_weights", sabotaged)
             with pytest.raises(RolloutError, match=r"missing 1: model\.norm\.weight"):
                 engine.load_weights(model.named_parameters(), 9)
         assert engine.version == -1
@@ -578,9 +542,10 @@ class TestWithVLLM:
         changed = AutoModelForCausalLM.from_config(model.config)
         changed.load_state_dict(weights)
         engine.load_weights(weights.items(), 10)
-        prompts, sampling, places = PROMPTS * 2, Sampling(max_tokens=200), list[int]()
+        prompts, sampling, places = PROMPTS * 2, Sampling(max_tokens=400), list[int]()
+        started = time.monotonic()
         calm = tokens(engine.generate(prompts, 4, sampling, seed=3))
-        threading.Timer(0.3, os.killpg, (group_of(engine), signal.SIGKILL)).start()
+        threading.Timer((time.monotonic() - started) / 4, os.killpg, (group_of(engine), signal.SIGKILL)).start()
         with pytest.warns(UserWarning, match=r"is started again \(1 of 3\)"):
             found = engine.generate(prompts, 4, sampling, seed=3, on_completion=lambda i, _: places.append(i))
         assert sorted(places) == list(range(32))

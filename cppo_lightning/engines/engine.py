@@ -83,9 +83,11 @@ class RolloutEngine(ABC):
         concurrent: whether ``generate`` may run in other threads, several at a time, while the policy is trained in this
             process: it changes nothing that belongs to the whole process and reads nothing that ``generate`` elsewhere
             changes.  ``start`` and ``load_weights`` are never called meanwhile.
+        max_model_len: longest prompt and response together, in tokens, where the engine is set to less than the model takes.
     """
 
     concurrent: ClassVar[bool] = False
+    max_model_len: int | None = None
 
     @property
     @abstractmethod

@@ -130,7 +130,9 @@ def checked_weights(weights: Iterable[tuple[str, Tensor]], parameters: Mapping[s
         if own.shape != tensor.shape:
             raise RolloutError(f"load_weights: {name!r} is {list(own.shape)} in the sampling model, got {list(tensor.shape)}")
         taken.add(id(own))
-        yield name, tensor.detach()
+        tensor = tensor.detach()
+        yield name, tensor
+        del tensor  # two whole parameters would be held otherwise, this one while the next is gathered
     left = {id(p): name for name, p in parameters.items() if isinstance(p, nn.Parameter) and id(p) not in taken}
     if left:
         names = sorted(left.values())

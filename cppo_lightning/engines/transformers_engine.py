@@ -98,6 +98,7 @@ class TransformersEngine(RolloutEngine):
         parameters = model.state_dict(keep_vars=True)
         for name, tensor in checked_weights(weights, parameters):
             parameters[name].copy_(tensor)
+            del tensor  # two whole parameters would be held otherwise, this one while the next is gathered
         self._version = version
 
     @torch.inference_mode()

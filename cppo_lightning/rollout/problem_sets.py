@@ -189,7 +189,7 @@ class ProblemSets:
 
 def context_length(config: PretrainedConfig, engine: RolloutEngine) -> int | None:
     """Longest prompt and response together, in tokens, that the model and the engine take; None where neither says."""
-    limits = [getattr(config, "max_position_embeddings", None), getattr(engine, "max_model_len", None)]
+    limits = [getattr(config, "max_position_embeddings", None), engine.max_model_len]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

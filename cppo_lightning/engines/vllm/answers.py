@@ -1,18 +1,21 @@
-"""Requests to /inference/v1/generate and what comes back: token ids in, token ids and log-probabilities out."""
+"""What trainer and servers send each other to sample: token ids in, token ids and log-probabilities out.  Imports no vllm."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 
 from cppo_lightning.engines.engine import Completion, Sampling
-from cppo_lightning.engines.vllm.capture import CapturedResponse
+from cppo_lightning.engines.vllm.capture import LogProbs, completion_of
 from cppo_lightning.errors import RolloutError
 
-_LEAST = -9999.0  # what the server writes for -inf and NaN, which JSON has not
+PATH = "/cppo/generate"
 
 
 def request_body(
@@ -30,44 +33,79 @@ def request_body(
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "stop_token_ids": eos,
-            # one more than wanted: of the sampled token and the K most likely ones the server returns K alone
-            "logprobs": top_logprobs + 1 if top_logprobs else 0,
+            "logprobs": top_logprobs,
             "seed": int.from_bytes(digest, "big") >> 2,  # vLLM adds the sample's number, and takes an int64
             "detokenize": False,
         },
     }
 
 
-def completions_of(choices: list[dict[str, Any]], first: int, n: int, top_logprobs: int) -> Iterator[tuple[int, Completion]]:
-    """Place and completion of each of a prompt's ``n`` samples, whose places begin at ``first``.
+@dataclass(frozen=True)
+class Answer:
+    """The ``n`` samples of one prompt, whose ``N`` tokens follow each other; travels as numpy's .npz, without pickles.
 
-    Raises:
-        RolloutError: other samples than asked for, or one that was cut off, has no log-probabilities or those of other tokens.
+    Args:
+        lengths: ``[n]`` int64, tokens of each sample.
+        reasons: ``[n]`` strings, vLLM's ``finish_reason`` of each.
+        labels: strings, the names of all weights that a token was drawn with.
+        ids: ``[N]`` int32.
+        tokens: ``[N, 1 + K]`` int32, the sampled token, then the most likely ones.
+        logp: ``[N, 1 + K]`` float32, their log-probabilities.
     """
-    if sorted(choice["index"] for choice in choices) != list(range(n)):
-        raise RolloutError(f"vLLM returned samples {[choice['index'] for choice in choices]} of a prompt, not 0 to {n - 1}")
-    for choice in choices:
-        place = first + choice["index"]
-        response = CapturedResponse(place, top_logprobs)
-        response.add(choice["token_ids"], _logprobs(choice, place, top_logprobs))
-        yield place, response.completion(choice["finish_reason"])
 
+    lengths: np.ndarray
+    reasons: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    tokens: np.ndarray
+    logp: np.ndarray
 
-def _logprobs(choice: dict[str, Any], place: int, top_logprobs: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens and their log-probabilities ``[t, 1 + K]``: the sampled one, then the most likely ones in order."""
-    steps = (choice["logprobs"] or {}).get("content")
-    if not steps:
-        return None
-    ids = np.array([[step["token_id"]] for step in steps])
-    logp = np.array([[step["logprob"]] for step in steps], dtype=np.float32)
-    if top_logprobs:
-        tops = [step["top_logprobs"] for step in steps]
-        if any(len(top) < top_logprobs for top in tops) or len({len(top) for top in tops}) > 1:
-            raise RolloutError(f"vLLM returned fewer than {top_logprobs} top log-probabilities for a token of sample {place}")
-        top_ids = np.array([[entry["token_id"] for entry in top] for top in tops])
-        top_logp = np.array([[entry["logprob"] for entry in top] for top in tops], dtype=np.float32)
-        best = np.argsort(-top_logp, axis=-1, kind="stable")[:, :top_logprobs]
-        ids = np.concatenate([ids, np.take_along_axis(top_ids, best, -1)], axis=-1)
-        logp = np.concatenate([logp, np.take_along_axis(top_logp, best, -1)], axis=-1)
-    logp[logp == _LEAST] = -np.inf
-    return ids, logp
+    @classmethod
+    def of(
+        cls, ids: Sequence[Sequence[int]], reasons: Sequence[str], logprobs: Sequence[LogProbs], labels: Sequence[str]
+    ) -> Self:
+        """From the samples in their order.
+
+        Raises:
+            ValueError: a sample has another number of log-probabilities than tokens.
+        """
+        tokens, logp = zip(*(each.arrays() for each in logprobs), strict=True)
+        lengths = [len(each) for each in ids]
+        if lengths != [len(each) for each in logp]:
+            raise ValueError(f"vLLM drew {lengths} tokens and returned log-probabilities of {[len(each) for each in logp]}")
+        flat = np.concatenate([np.array(each, np.int32) for each in ids])
+        names = np.array(sorted(set(labels)), dtype=np.str_)
+        return cls(np.array(lengths), np.array(reasons, np.str_), names, flat, np.concatenate(tokens), np.concatenate(logp))
+
+    def to_bytes(self) -> bytes:
+        file = io.BytesIO()
+        np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, url: str) -> Self:
+        """What the server at ``url`` sent.
+
+        Raises:
+            RolloutError: it is no answer.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise RolloutError(f"what {url} answered cannot be read: {error}; does it run this cppo_lightning?") from error
+
+    def completions(self, first: int, n: int, top_logprobs: int) -> Iterator[tuple[int, Completion]]:
+        """Place and completion of each sample; their places begin at ``first``.
+
+        Raises:
+            RolloutError: other samples or another K than asked for, or what :func:`completion_of` refuses.
+        """
+        if len(self.lengths) != n:
+            raise RolloutError(f"vLLM returned {len(self.lengths)} samples of a prompt, not {n}")
+        if self.logp.shape[1] != 1 + top_logprobs:
+            raise RolloutError(f"vLLM returned {self.logp.shape[1] - 1} top log-probabilities per token, not {top_logprobs}")
+        ends = self.lengths.cumsum()
+        parts = [np.split(array, ends[:-1]) for array in (self.ids, self.tokens, self.logp)]
+        for place, (ids, tokens, logp, reason) in enumerate(zip(*parts, self.reasons, strict=True), first):
+            yield place, completion_of(place, ids, tokens, logp, str(reason))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
 
 from cppo_lightning.errors import ConfigError, RolloutError
+
+T = TypeVar("T")
 
 _CONNECT_SECONDS = 10.0
 
@@ -54,7 +57,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Server:
-    """A vLLM server that runs :mod:`~cppo_lightning.engines.vllm.worker`'s guard and worker extension.
+    """A vLLM server that runs our guard and worker extension.
 
     Args:
         url: its address, for example http://10.0.0.7:8000.
@@ -72,6 +75,7 @@ class Server:
         self.url = url.rstrip("/")
         self.headers = {"Authorization": f"Bearer {key}"}
         self._patience = patience
+        self._tls = httpx.create_ssl_context(trust_env=False)  # once: it takes 20 ms, and a keeper asks twice a second
 
     def is_up(self) -> bool:
         """Whether it answers at all, and its engine is well."""
@@ -91,12 +95,11 @@ class Server:
             ServerAwayError: no answer.
             RolloutError: an answer that is none.
         """
-        return answer_of(self._send("GET", "/weight_info", timeout=self._patience.stall), self.url, self.is_up)[
-            "weight_version"
-        ]
+        response = self._send("GET", "/weight_info", timeout=self._patience.stall)
+        return accepted(response, self.url, self.is_up).json()["weight_version"]
 
     def describe(self) -> dict[str, Any]:
-        """``WeightsFromFolder.cppo_describe``."""
+        """``TakesWeights.cppo_describe``."""
         return self._call("cppo_describe")[0]
 
     def load(self, folder: Path | None, label: str) -> dict[str, int]:
@@ -108,27 +111,65 @@ class Server:
         """
         received: dict[str, int] = {}
         if folder is not None:
-            self._post("/update_weight_version", {"new_version": "in between"})
-            received, *others = self._call("cppo_load_weights", str(folder), label)
-            if any(other != received for other in others):
-                raise RolloutError(f"the workers of {self.url} received different weights")
+            self._name("in between")
+            received = self._received("cppo_load_weights", str(folder), label)
+        self.use(label)
+        return received
+
+    def begin(self) -> None:
+        """Have it expect weights through vLLM's weight-transfer API; until ``use`` it must not be sampled from."""
+        self._name("in between")
+        self._call("cppo_abandon_update")
+        self.post("/start_weight_update")
+
+    def finish(self) -> dict[str, int]:
+        """Have it take over the weights that were sent since ``begin``; the checksums of what it received.
+
+        Raises:
+            ServerAwayError: it went away.
+            RolloutError: it refused them.
+        """
+        self.post("/finish_weight_update")
+        return self._received("cppo_received")
+
+    def use(self, label: str) -> None:
+        """Have it sample with the weights that it has, which are named ``label``."""
         self._forget_prompts()
-        self._post("/update_weight_version", {"new_version": label})
+        self._name(label)
+
+    def workers(self) -> int:
+        """How many processes share its model."""
+        return accepted(self._send("GET", "/get_world_size"), self.url, self.is_up).json()["world_size"]
+
+    def _name(self, label: str) -> None:
+        self.post("/update_weight_version", {"new_version": label})
+
+    def _received(self, method: str, *args: str) -> dict[str, int]:
+        """What a worker says that it received, if all of them say the same."""
+        received, *others = self._call(method, *args)
+        if any(other != received for other in others):
+            raise RolloutError(f"the workers of {self.url} received different weights")
         return received
 
     def _forget_prompts(self) -> None:
         """Empty the prefix cache, which takes until the last request that was called off has ended."""
         deadline = time.monotonic() + self._patience.stall
-        while not self._post("/reset_prefix_cache")["success"]:
+        while not self.post("/reset_prefix_cache")["success"]:
             if time.monotonic() > deadline:
                 raise RolloutError(f"{self.url} keeps its prefix cache: something else is being sampled there all the time")
             time.sleep(0.2)
 
     def _call(self, method: str, *args: str) -> list[Any]:
-        return self._post("/collective_rpc", {"method": method, "args": args})["results"]
+        return self.post("/collective_rpc", {"method": method, "args": args})["results"]
 
-    def _post(self, path: str, body: Any = None) -> Any:
-        return answer_of(self._send("POST", path, body), self.url, self.is_up)
+    def post(self, path: str, body: Any = None) -> Any:
+        """The answer to ``body`` as JSON.
+
+        Raises:
+            ServerAwayError: it went away.
+            RolloutError: it refuses.
+        """
+        return accepted(self._send("POST", path, body), self.url, self.is_up).json()
 
     def _send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float | None = None
@@ -137,21 +178,28 @@ class Server:
         headers = self.headers if headers is None else headers
         try:
             # no proxy from the environment: what is on loopback stays there
-            with httpx.Client(trust_env=False, timeout=limits) as client:
+            with httpx.Client(trust_env=False, verify=self._tls, timeout=limits) as client:
                 return client.request(method, self.url + path, json=body, headers=headers)
         except httpx.TransportError as error:
             raise ServerAwayError(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
 
 
-def answer_of(response: httpx.Response, url: str, is_up: Callable[[], bool]) -> Any:
-    """The JSON of a good answer.
+def on_each(servers: Sequence[Server], call: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+    """What ``call`` returns for each server, all asked at once; raises what the first that failed raises, after all calls."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        answers = [pool.submit(call, server, *rest) for server, *rest in zip(servers, *arguments, strict=True)]
+    return [answer.result() for answer in answers]
+
+
+def accepted(response: httpx.Response, url: str, is_up: Callable[[], bool]) -> httpx.Response:
+    """The response, if it is a good one.
 
     Raises:
         ServerAwayError: the server's engine is gone.
         RolloutError: the server refuses.
     """
     if response.is_success:
-        return response.json()
+        return response
     if response.status_code == 401:
         raise RolloutError(f"{url} does not accept the API key; the variable named by engine.api_key_env should hold its key")
     if response.status_code >= 500 and not is_up():

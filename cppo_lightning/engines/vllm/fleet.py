@@ -5,17 +5,19 @@ from __future__ import annotations
 import shutil
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors import SafetensorError
 
 from cppo_lightning.engines.vllm.client import Patience, Server
 from cppo_lightning.engines.vllm.keeper import Keeper
 from cppo_lightning.engines.vllm.process import ServerProcess, how_to_serve
-from cppo_lightning.engines.vllm.weight_folder import write_weights
+from cppo_lightning.engines.vllm.settings import check_version
+from cppo_lightning.engines.vllm.weight_transfer import WeightTransfer
 from cppo_lightning.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:
@@ -34,12 +36,21 @@ class Fleet:
         folder: made here, and deleted at the end; holds no more than the weights of two versions.
         label: name of the weights that servers start with.
         patience: time-outs.
+        transfer: the way in which weights go to them.
     """
 
     def __init__(
-        self, places: Sequence[ServerProcess | str], host: str, key: str, folder: Path, label: str, patience: Patience
+        self,
+        places: Sequence[ServerProcess | str],
+        host: str,
+        key: str,
+        folder: Path,
+        label: str,
+        patience: Patience,
+        transfer: WeightTransfer,
     ) -> None:
         self._folder = folder
+        self._transfer = transfer
         self._current: Path | None = None
         self._keepers: list[Keeper] = []
         for place in places:
@@ -74,40 +85,39 @@ class Fleet:
             if server.is_open():
                 raise ConfigError(f"the server {server.url} lets in who has no key{advice}")
             found = server.describe()
+            check_version(found["version"], "VLLMServerEngine", server.url)
+            if self._transfer.backend not in (None, found["weight_transfer"]):
+                flag = f"""--weight-transfer-config '{{"backend": "{self._transfer.backend}"}}'"""
+                raise ConfigError(f"the server {server.url} has another engine.weight_transfer{advice} {flag}")
             for name, right in (("dtype", dtype), ("logprobs_mode", "processed_logprobs"), ("takes_seeds", True)):
                 if found[name] != right:
                     raise ConfigError(f"the server {server.url} has {name} {found[name]}, not {right}{advice}")
-            for name, least in (("max_logprobs", max_top_logprobs + 1), ("max_model_len", max_model_len or 0)):
+            for name, least in (("max_logprobs", max_top_logprobs), ("max_model_len", max_model_len or 0)):
                 if found[name] < least:
                     raise ConfigError(f"the server {server.url} has {name} {found[name]}, less than {least}{advice}")
             limits.append(found)
         return {name: min(found[name] for found in limits) for name in ("max_model_len", "max_num_seqs")}
 
     def load(self, weights: Iterator[tuple[str, Tensor]], label: str) -> dict[str, int]:
-        """Write ``weights`` and have every server take them over under ``label``; the checksums that all of them confirm.
+        """Have every server take over ``weights`` under ``label``; the checksums that all of them confirm.
 
-        ``weights`` is read to its end even if the disk is full: other ranks take part in gathering each parameter.
+        ``weights`` is read to its end even if this fails: other ranks take part in gathering each parameter.
 
         Raises:
-            RolloutError: they could not be written, or a server refused them, stays away or was lost too often.
+            RolloutError: they could not be sent, or a server refused them, stays away or was lost too often.
         """
         folder = self._folder / label.replace("/", "-")
         try:
-            write_weights(weights, folder, label)
-        except (OSError, SafetensorError) as error:
-            for _ in weights:
-                pass
-            raise RolloutError(
-                f"the weights cannot be written into {str(folder)!r} (engine.weights_folder): {error}"
-            ) from error
-        for keeper in self._keepers:
-            keeper.want(folder, label)
+            self._transfer.send(weights, self._keepers, folder, label)
+        except Exception:
+            deque(weights, maxlen=0)
+            raise
         first, *others = self._confirmed("to take over weights")
         if any(received != first for received in others):
             raise RolloutError("the servers received different weights")
         if self._current is not None:
             shutil.rmtree(self._current)
-        self._current = folder
+        self._current = folder if folder.exists() else None
         return first
 
     def check(self) -> None:
@@ -116,8 +126,8 @@ class Fleet:
             keeper.check()
 
     def close(self) -> None:
-        for keeper in self._keepers:
-            keeper.close()
+        with ThreadPoolExecutor() as together:  # a wedged server takes seconds
+            list(together.map(Keeper.close, self._keepers))
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _confirmed(self, what: str) -> list[dict[str, int]]:

@@ -33,6 +33,7 @@ class Keeper(threading.Thread):
         self._process = process
         self._patience = patience
         self._state = threading.Condition()
+        self.at_work = threading.Lock()  # held by who deals with the server
         self._closing = False
         self._wanted: tuple[Path | None, str] = (None, label)
         self._confirmed: tuple[str, dict[str, int]] | None = None
@@ -41,10 +42,14 @@ class Keeper(threading.Thread):
         self._was_up = False
         self._seen = time.monotonic()  # when it last was as it should be
 
-    def want(self, folder: Path, label: str) -> None:
-        """Have the server take over the weights in ``folder``; what failed before is forgotten."""
+    def want(self, folder: Path, label: str, received: dict[str, int] | None = None) -> None:
+        """Have the server take over the weights in ``folder``; what failed before is forgotten.
+
+        With ``received``, the checksums that it confirmed, it has them already and gets what is in ``folder`` when it is lost.
+        """
         with self._state:
-            self._wanted, self._confirmed, self._failure, self._restarts = (folder, label), None, None, 0
+            self._confirmed = None if received is None else (label, received)
+            self._wanted, self._failure, self._restarts = (folder, label), None, 0
             self._seen = time.monotonic()
             self._state.notify_all()
 
@@ -67,26 +72,26 @@ class Keeper(threading.Thread):
 
     def run(self) -> None:
         while not self._closing:
-            try:
-                if self._failure is None:
-                    self._hold()
-            except ServerAwayError as lost:
-                self._lost(lost)
-            except Exception as error:  # raised where the trainer waits, which a thread that ends would leave waiting
-                self._give_up(error)
+            with self.at_work:
+                try:
+                    if self._failure is None:
+                        self._hold()
+                except ServerAwayError as lost:
+                    self._lost(lost)
+                except Exception as error:  # raised where the trainer waits, which a thread that ends would leave waiting
+                    self._give_up(error)
             with self._state:
                 self._state.wait(_LOOK_SECONDS)
 
     def close(self) -> None:
-        """End the thread, and the server if it is ours."""
+        """End the server if it is ours, and the thread; one that waits for a server elsewhere ends when its request does."""
         with self._state:
             self._closing = True
             self._state.notify_all()
         if self._process is not None:
             self._process.end()  # a start or a request under way fails at once
-        if self.is_alive():
-            self.join()
-        if self._process is not None:
+            if self.is_alive():
+                self.join()
             self._process.close()
 
     def _hold(self) -> None:
@@ -97,6 +102,9 @@ class Keeper(threading.Thread):
             raise ServerAwayError(f"{self.server.url} ended with exit code {self._process.exit_code}")
         folder, label = self._wanted
         if self._confirmed is None or self.server.label() != label:
+            if folder is not None and not folder.exists():
+                kept = "engine.patience.restarts above 0 keeps one"
+                raise RolloutError(f"{self.server.url} lost the weights {label!r}, of which there is no copy; {kept}")
             received = self.server.load(folder, label)
             with self._state:
                 if self._wanted[1] == label:

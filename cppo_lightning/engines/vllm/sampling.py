@@ -12,20 +12,22 @@ from typing import Any
 
 import httpx
 
-from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError, answer_of
+from cppo_lightning.engines.vllm.answers import PATH, Answer
+from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError, accepted
 from cppo_lightning.errors import RolloutError
 
 _MOST_IN_FLIGHT = 256  # requests per server; what it cannot run yet waits there
 _ATTEMPTS = 3  # of one prompt, at servers that are well before and after it
 _LONGEST_PAUSE = 5.0  # seconds between two looks at a server that is away
+_LISTEN_SECONDS = 0.5
 
 Body = dict[str, Any]
 
 
 def sampled(
     bodies: Sequence[Body], servers: Sequence[Server], label: str, patience: Patience, check: Callable[[], None]
-) -> Generator[tuple[int, list[Body]], None, None]:
-    """Number and choices of each request for /inference/v1/generate, in the order in which they are answered.
+) -> Generator[tuple[int, Answer], None, None]:
+    """Number and answer of each request, in the order in which they are answered.
 
     Closing the iterator calls off what is under way.
 
@@ -52,7 +54,7 @@ class _Rollout:
         label: str,
         patience: Patience,
         check: Callable[[], None],
-        deliver: Callable[[tuple[int, list[Body]]], None],
+        deliver: Callable[[tuple[int, Answer]], None],
     ) -> None:
         self._bodies, self._servers, self._label, self._patience = bodies, servers, label, patience
         self._check, self._deliver = check, deliver
@@ -113,7 +115,7 @@ class _Rollout:
             response = await self._http.get(server.url + "/weight_info", headers=server.headers, timeout=self._patience.stall)
         except httpx.TransportError as error:
             raise ServerAwayError(f"{server.url} does not answer ({type(error).__name__}: {error})") from error
-        label = answer_of(response, server.url, is_up=lambda: False)["weight_version"]
+        label = accepted(response, server.url, is_up=lambda: False).json()["weight_version"]
         if label != self._label:
             raise ServerAwayError(f"{server.url} has the weights {label!r}, not {self._label!r}")
 
@@ -121,29 +123,28 @@ class _Rollout:
         while True:
             number = await self._waiting.get()
             try:
-                choices = await self._ask(server, self._bodies[number])
+                answer = await self._ask(server, self._bodies[number])
             except BaseException:
                 self._waiting.put_nowait(number)
                 raise
-            self._deliver((number, choices))
+            self._deliver((number, answer))
             self._left -= 1
             if not self._left:
                 self._done.set()
 
-    async def _ask(self, server: Server, body: Body) -> list[Body]:
-        """The choices for one prompt, all of them drawn with the right weights."""
+    async def _ask(self, server: Server, body: Body) -> Answer:
+        """The samples of one prompt, all of them drawn with the right weights."""
         reason = ""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                url = server.url + "/inference/v1/generate"
-                response = await self._http.post(url, json=body, headers=server.headers)
+                response = await self._http.post(server.url + PATH, json=body, headers=server.headers)
                 if response.status_code < 500:
-                    choices = answer_of(response, server.url, is_up=lambda: False)["choices"]
-                    if all(
-                        span.get("version") == self._label for choice in choices for span in choice["weight_versions"] or [{}]
-                    ):
-                        return choices
-                reason = f"{response.status_code}: {response.text[:500]}"
+                    answer = Answer.from_bytes(accepted(response, server.url, is_up=lambda: False).content, server.url)
+                    if answer.labels.tolist() == [self._label]:
+                        return answer
+                    reason = f"samples drawn with the weights {answer.labels.tolist()}"
+                else:
+                    reason = f"{response.status_code}: {response.text[:500]}"
             except httpx.ReadTimeout as error:
                 limit = f"{self._patience.request:g} s (engine.patience.request)"
                 raise RolloutError(f"{server.url} is well, but took more than {limit} for one prompt") from error
@@ -169,7 +170,7 @@ def _in_background(produce: Callable[[Callable[[Any], None]], Coroutine[Any, Any
     thread.start()
     loop, task = started.get()
     try:
-        while (item := items.get())[0]:
+        while (item := _next(items))[0]:
             yield item[1]
         if item[1] is not None:
             raise _leaf(item[1])
@@ -177,6 +178,13 @@ def _in_background(produce: Callable[[Callable[[Any], None]], Coroutine[Any, Any
         with suppress(RuntimeError):  # the loop is closed: it has ended by itself
             loop.call_soon_threadsafe(task.cancel)
         thread.join()
+
+
+def _next(items: queue.SimpleQueue[tuple[bool, Any]]) -> tuple[bool, Any]:
+    """The next item; an exception raised in this thread by another one, which ends a rollout ahead, is heard meanwhile."""
+    while True:
+        with suppress(queue.Empty):
+            return items.get(timeout=_LISTEN_SECONDS)
 
 
 def _leaf(error: BaseException) -> BaseException:

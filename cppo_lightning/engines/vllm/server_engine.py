@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,12 +21,13 @@ from cppo_lightning.engines.requests import (
     meta_parameters,
     read_config,
 )
-from cppo_lightning.engines.vllm.answers import completions_of, request_body
+from cppo_lightning.engines.vllm.answers import request_body
 from cppo_lightning.engines.vllm.client import Patience, Server, is_loopback
 from cppo_lightning.engines.vllm.fleet import Fleet
 from cppo_lightning.engines.vllm.process import REQUIRED, ServerProcess
 from cppo_lightning.engines.vllm.sampling import sampled
 from cppo_lightning.engines.vllm.settings import CPU_DEFAULTS, RESERVED, check_installed, check_settings
+from cppo_lightning.engines.vllm.weight_transfer import check_way, transfer_by
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.ranks import from_rank_zero, is_rank_zero
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _RESERVED = {name: where for name, where in RESERVED.items() if name != "gpu_memory_utilization"} | {
     "host": "engine.host",
     "port": "nothing: a free one is taken",
+    "weight_transfer_config": "engine.weight_transfer",
     "api_key": "the variable named by engine.api_key_env",
     **dict.fromkeys(REQUIRED, "nothing: the engine needs its own"),
 }
@@ -45,7 +47,7 @@ class VLLMServerEngine(RolloutEngine):
     """Samples with vLLM servers (https://docs.vllm.ai) over HTTP, each rank its own prompts with all servers.
 
     Rank 0 starts the servers, on the devices that it sees itself, and looks after them: one that ends or is wedged is started
-    again with the current weights, while its unanswered prompts go to the others.  Weights go through a folder.  Every prompt
+    again with the current weights, while its unanswered prompts go to the others.  Every prompt
     has a random stream of its own, so that neither its server nor a restart changes its samples, up to the rounding of sums,
     which depends on what is computed together.  Servers answer only those who know their API key; on loopback a random
     one is made.  The key and all else travel in clear, unless a url begins with https.
@@ -61,7 +63,9 @@ class VLLMServerEngine(RolloutEngine):
         api_key_env: environment variable that holds the API key.
         weights_folder: where weights and the servers' logs are written; trainer and servers must see it under the same path.
             None takes a temporary one, for servers on this machine.
-        patience: time-outs, and the number of restarts.
+        weight_transfer: how weights go to servers: "folder", or by vLLM's weight-transfer API "gloo" (over TCP, any device),
+            "nccl" (CUDA, servers elsewhere) or "ipc" (CUDA, servers started here, one rank); nccl and ipc have not been run.
+        patience: time-outs, and the number of restarts; unless that is 0, weights go into the folder too, whichever the way.
 
     Raises:
         ConfigError: vLLM is not installed, a value cannot work, or a key is needed and not set.
@@ -80,6 +84,7 @@ class VLLMServerEngine(RolloutEngine):
         engine_args: dict[str, Any] | None = None,
         api_key_env: str = "CPPO_VLLM_API_KEY",
         weights_folder: str | None = None,
+        weight_transfer: Literal["folder", "gloo", "nccl", "ipc"] = "folder",
         patience: Patience = Patience(),
     ) -> None:
         check_settings(dtype, max_top_logprobs, None, max_model_len, engine_args or {}, _RESERVED)
@@ -96,8 +101,12 @@ class VLLMServerEngine(RolloutEngine):
             check_installed("VLLMServerEngine")
         elif not urls or servers != 1 or engine_args:
             raise ConfigError("engine.urls should name at least one running server, and goes without servers and engine_args")
-        elif weights_folder is None:
-            raise ConfigError("engine.urls needs engine.weights_folder, which trainer and servers see under the same path")
+        elif weights_folder is None and (weight_transfer == "folder" or patience.restarts):
+            raise ConfigError(
+                "engine.urls needs engine.weights_folder, which trainer and servers see under the same path; without one, take "
+                "engine.weight_transfer gloo or nccl and engine.patience.restarts 0"
+            )
+        check_way(weight_transfer, urls is not None, engine_args or {})
         self.servers = servers
         self.urls = urls
         self.host = host
@@ -107,6 +116,7 @@ class VLLMServerEngine(RolloutEngine):
         self.engine_args = dict(engine_args or {})
         self.api_key_env = api_key_env
         self.weights_folder = weights_folder
+        self.weight_transfer = weight_transfer
         self.patience = patience
         self._servers: list[Server] = []
         self._fleet: Fleet | None = None  # on rank 0 alone
@@ -140,6 +150,7 @@ class VLLMServerEngine(RolloutEngine):
         self._config = read_config(model)
         self._eos = eos_token_ids(model, self._config)
         self._parameters = meta_parameters(self._config)
+        self._transfer = transfer_by(self.weight_transfer, getattr(torch, self.dtype), self._parameters.values(), self.patience)
         urls, key, self._run, self._limits = from_rank_zero(lambda: self._start_fleet(model))
         self._servers = [Server(url, key, self.patience) for url in urls]
         self._label = f"{self._run}/0" if self.urls is None else None  # weights elsewhere may be anyone's
@@ -151,9 +162,9 @@ class VLLMServerEngine(RolloutEngine):
         folder.mkdir(parents=True, mode=0o700 if self.urls is None else 0o755)
         key = os.environ.get(self.api_key_env) or secrets.token_urlsafe(32)
         places = self.urls or [
-            ServerProcess(self.host, self._arguments(model), key, folder / f"server-{i}.log") for i in range(self.servers)
+            ServerProcess(self.host, self._arguments(model), key, folder, f"server-{i}.log") for i in range(self.servers)
         ]
-        self._fleet = fleet = Fleet(places, self.host, key, folder, f"{run}/0", self.patience)
+        self._fleet = fleet = Fleet(places, self.host, key, folder, f"{run}/0", self.patience, self._transfer)
         try:
             fleet.start()
             limits = fleet.limits(model, self.dtype, self.max_top_logprobs, self.max_model_len)
@@ -168,8 +179,9 @@ class VLLMServerEngine(RolloutEngine):
         ours = {
             "model": model,
             "dtype": self.dtype,
-            "max_logprobs": self.max_top_logprobs + 1,  # of K + 1 the server returns K besides the sampled token
+            "max_logprobs": self.max_top_logprobs,
             "max_model_len": self.max_model_len,
+            "weight_transfer_config": self._transfer.backend and {"backend": self._transfer.backend},
         }
         return {**on_cpu, **self.engine_args, **ours}
 
@@ -228,8 +240,8 @@ class VLLMServerEngine(RolloutEngine):
         completions = Completions(len(prompts) * n, on_completion)
         check = self._fleet.check if self._fleet is not None else lambda: None
         with closing(sampled(bodies, self._servers, self._label, self.patience, check)) as answers:
-            for number, choices in answers:
-                for place, completion in completions_of(choices, number * n, n, top_logprobs):
+            for number, answer in answers:
+                for place, completion in answer.completions(number * n, n, top_logprobs):
                     completions.add(place, completion)
         return completions.all()
 

@@ -80,18 +80,22 @@ def check_one_process(engine_args: Mapping[str, Any]) -> None:
 
 
 def check_installed(engine: str) -> None:
-    """Raise :class:`ConfigError`, with what to do about it, if vLLM is missing or of a version that was not tested.
+    """Raise :class:`ConfigError`, with what to do about it, if vLLM is missing here or of a version that was not tested."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"engine {engine} needs vLLM, which is not installed; install it with: {INSTALL}")
+    check_version(installed_version(), engine)
+
+
+def check_version(version: str, engine: str, url: str | None = None) -> None:
+    """Raise :class:`ConfigError`, with what to do about it, if vLLM ``version`` (at ``url``, or here) was not tested.
 
     The environment variable ``CPPO_ANY_VLLM=1`` lets any version pass, with a warning.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"engine {engine} needs vLLM, which is not installed; install it with: {INSTALL}")
-    version = installed_version()
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if TESTED[0] <= numbers < TESTED[1]:
         return
     tested = ">={}.{},<{}.{}".format(*TESTED[0], *TESTED[1])
-    found = f"vLLM {version} is installed, and engine {engine} was tested with {tested}"
+    found = f"vLLM {version} is installed{f' at {url}' if url else ''}, and engine {engine} was tested with {tested}"
     if os.environ.get(ANY_VERSION) != "1":
         raise ConfigError(f"{found}; install one of those with: {INSTALL}; or set {ANY_VERSION}=1 to go on with this one")
     warnings.warn(f"{found}: look at canary/logp_gap_max of a WeightSyncCanary before you trust it", stacklevel=3)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,17 +20,27 @@ _MANIFEST = "manifest.json"
 
 
 def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, label: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write ``weights`` into ``folder``, which appears in one step when all of them are on disk, with each one's checksum.
+    """Write ``weights`` into ``folder``, as ``copied`` does."""
+    deque(copied(weights, folder, label, shard_bytes), maxlen=0)
+
+
+def copied(
+    weights: Iterable[tuple[str, Tensor]], folder: Path, label: str, shard_bytes: int = SHARD_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass ``weights`` on, and write them into ``folder``, which appears in one step when all are on disk, with checksums.
 
     Besides the parameter in hand at most ``shard_bytes`` are held in memory, on the CPU.  What ``weights`` raises comes out,
     and leaves nothing behind.
+
+    Raises:
+        RolloutError: they cannot be written.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir(parents=True)
     checksums: dict[str, int] = {}
     shard: dict[str, Tensor] = {}
     shards = 0
     try:
+        partial.mkdir(parents=True)
         for name, tensor in weights:
             # a copy: the trainer may gather the next parameter into the same memory
             shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -37,12 +48,15 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, label: st
             if sum(part.nbytes for part in shard.values()) >= shard_bytes:
                 save_file(shard, partial / f"{shards:05d}.safetensors")
                 shard, shards = {}, shards + 1
+            yield name, tensor
+            del tensor
         save_file(shard, partial / f"{shards:05d}.safetensors")
         (partial / _MANIFEST).write_text(json.dumps({"label": label, "checksums": checksums}))
         partial.rename(folder)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise RolloutError(f"the weights cannot be written into {str(folder)!r} (engine.weights_folder): {error}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class WeightFolder:

@@ -1,74 +1,45 @@
-"""What a vLLM server runs of this project: a guard before every route, and the way in for new weights."""
+"""What a vLLM server's workers run of this project: what they are, and the way in for new weights."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import os
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cppo_lightning.engines.vllm.transfer_backends  # noqa: F401, a worker finds a backend by its name, once it is registered
 from cppo_lightning.engines.checksums import checksum
 from cppo_lightning.engines.requests import checked_weights, meta_parameters, read_config
-from cppo_lightning.engines.vllm.settings import repack_output_head
+from cppo_lightning.engines.vllm.settings import installed_version, repack_output_head
 from cppo_lightning.engines.vllm.weight_folder import WeightFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
 
-class RequireKey:
-    """ASGI middleware: a request on any route needs ``Authorization: Bearer`` with the server's ``VLLM_API_KEY``.
-
-    vLLM's own check covers the routes under /v1 and /inference alone, not those that change weights.
-
-    Raises:
-        RuntimeError: the server has no key.
-    """
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        key = os.environ.get("VLLM_API_KEY")
-        if not key:
-            raise RuntimeError("set VLLM_API_KEY: this server answers only those who know it")
-        self._app = app
-        self._expected = hashlib.sha256(b"Bearer " + key.encode()).digest()
-
-    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
-        if scope["type"] == "lifespan" or self._knows_key(scope["headers"]):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            body = b'{"error": "this server needs its API key"}'
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
-
-    def _knows_key(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        given = b"".join(value for name, value in headers if name.lower() == b"authorization")
-        # digests of one length: the time taken tells nothing about the key
-        return hmac.compare_digest(hashlib.sha256(given).digest(), self._expected)
-
-
-class WeightsFromFolder:
+class TakesWeights:
     """Mixed into vLLM's worker by ``--worker-extension-cls``; /collective_rpc calls its methods with strings."""
 
     vllm_config: Any
     reload_weights: Callable[..., None]
     get_model: Callable[[], Any]
+    finish_weight_update: Callable[[], None]
+    weight_transfer_engine: Any
+    _weight_update_active: bool
 
     def cppo_describe(self) -> dict[str, Any]:
         """What the trainer needs to know before it samples here."""
         config = self.vllm_config
         on_cpu = config.device_config.device_type == "cpu"
         return {
+            "version": installed_version(),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "logprobs_mode": config.model_config.logprobs_mode,
             "max_logprobs": config.model_config.max_logprobs,
             "max_model_len": config.model_config.max_model_len,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "weight_transfer": getattr(config.weight_transfer_config, "backend", None),
             # a CPU's random generator cannot be turned back, as vLLM 0.32 does for each piece of a prompt but the last
             "takes_seeds": not (on_cpu and config.scheduler_config.enable_chunked_prefill),
         }
@@ -88,6 +59,23 @@ class WeightsFromFolder:
                 received[name] = checksum(tensor.to(model.dtype))
                 yield name, tensor
 
+        self.cppo_abandon_update()
         self.reload_weights(weights_iterator=read())
         repack_output_head(self.get_model())
         return received
+
+    def cppo_abandon_update(self) -> None:
+        """End an update that was begun and not finished: half-loaded layers would count as loaded in the next one."""
+        if self._weight_update_active:
+            self.finish_weight_update()
+
+    def cppo_received(self) -> dict[str, int]:
+        """The checksum, as it came, of each parameter of the last update by vLLM's weight-transfer API.
+
+        Raises:
+            RolloutError: these were not exactly this model's parameters.
+        """
+        engine = self.weight_transfer_engine
+        parameters = meta_parameters(read_config(self.vllm_config.model_config.model))
+        deque(checked_weights(engine.received.items(), parameters), maxlen=0)
+        return engine.checksums
