@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cppo_lightning.engines.engine import Sampling
-from cppo_lightning.engines.vllm import VLLMServerEngine
+from cppo_lightning.engines.vllm_server import VLLMServerEngine
 
 
 def roles() -> dict[str, list[psutil.Process]]:

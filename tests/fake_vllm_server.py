@@ -37,10 +37,10 @@ state: dict[str, Any] = {"label": "default", "weights": {}, "description": DESCR
 
 def stand_in(patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Have every VLLMServerEngine of this process start this file in vLLM's place; ``patch`` may be a monkeypatch's."""
-    from cppo_lightning.engines.vllm import process, server_engine
+    from cppo_lightning.engines.vllm_server import engine, process
 
     patch(process, "SERVE", (__file__,))
-    patch(server_engine, "check_installed", lambda _: None)
+    patch(engine, "check_installed", lambda _: None)
 
 
 def logp(token: np.ndarray) -> np.ndarray:

@@ -127,8 +127,9 @@ def test_vllm_is_imported_lazily_in_its_own_files() -> None:
     """What runs inside a vLLM server, or is one end of a transfer, may import it at once; nothing else loads those."""
     found = [(name, *used) for name, file in sources().items() for used in imports(name, file)]
     users = {(name, at_once) for name, imported, at_once in found if imported.split(".")[0] == "vllm"}
-    assert {name for name, _ in users if not name.startswith(f"{ROOT}.engines.vllm.")} == set()
-    inside = {f"{ROOT}.engines.vllm.{name}" for name in ("guard", "route", "worker", "transfer_backends", "transfer_trainer")}
+    server = f"{ROOT}.engines.vllm_server"
+    assert {name for name, _ in users if not name.startswith((f"{ROOT}.engines.vllm.", f"{server}."))} == set()
+    inside = {f"{server}.{name}" for name in ("guard", "route", "worker", "transfer_backends", "transfer_trainer")}
     assert {name for name, at_once in users if at_once} <= inside
     assert {name for name, imported, at_once in found if at_once and in_unit(imported, inside)} <= inside
 

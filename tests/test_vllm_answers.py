@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.engines.vllm import settings
-from cppo_lightning.engines.vllm.answers import PATH, Answer, request_body
 from cppo_lightning.engines.vllm.capture import CapturedResponse, LogProbs
-from cppo_lightning.engines.vllm.client import Patience, Server
-from cppo_lightning.engines.vllm.sampling import sampled
-from cppo_lightning.engines.vllm.server_engine import VLLMServerEngine
+from cppo_lightning.engines.vllm_server.answers import PATH, Answer, request_body
+from cppo_lightning.engines.vllm_server.client import Patience, Server
+from cppo_lightning.engines.vllm_server.engine import VLLMServerEngine
+from cppo_lightning.engines.vllm_server.sampling import sampled
 from cppo_lightning.errors import ConfigError, RolloutError
 
 from . import fake_vllm_server

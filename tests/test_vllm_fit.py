@@ -23,11 +23,11 @@ from torch import Tensor
 
 from cppo_lightning.callbacks import FailureCheckpoint
 from cppo_lightning.cli import main
-from cppo_lightning.engines.vllm.client import Patience
 from cppo_lightning.engines.vllm.engine import VLLMEngine
-from cppo_lightning.engines.vllm.process import ServerProcess
-from cppo_lightning.engines.vllm.server_engine import VLLMServerEngine
 from cppo_lightning.engines.vllm.settings import CPU_DEFAULTS
+from cppo_lightning.engines.vllm_server.client import Patience
+from cppo_lightning.engines.vllm_server.engine import VLLMServerEngine
+from cppo_lightning.engines.vllm_server.process import ServerProcess
 from cppo_lightning.errors import RolloutError
 from cppo_lightning.rollout import Completion, ReasoningGymPrompts, RolloutEngine, RolloutPlan
 from tests import fake_vllm_server
@@ -229,9 +229,7 @@ def test_bound_0_is_the_synchronous_run(stand_in: None, tiny_model_path: Path, t
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_vllm_killed_five_times(
-    elsewhere: dict[str, Any], tiny_model_path: Path, tmp_path: Path
-) -> None:
+def test_vllm_killed_five_times(elsewhere: dict[str, Any], tiny_model_path: Path, tmp_path: Path) -> None:
     """The run without kills has a server of its own."""
     engine = Killed(moments(KILLS, seed=0), seed=0, max_model_len=CONTEXT)
     watch, (notes, _, _) = watched(tiny_model_path, tmp_path, ROLLOUTS, engine, module_settings=SLOWLY)

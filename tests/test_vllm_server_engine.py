@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cppo_lightning.engines.checksums import checksums
 from cppo_lightning.engines.engine import Completion, Sampling
-from cppo_lightning.engines.vllm import process as vllm_process
-from cppo_lightning.engines.vllm.client import Patience
-from cppo_lightning.engines.vllm.server_engine import VLLMServerEngine
-from cppo_lightning.engines.vllm.weight_folder import WeightFolder, write_weights
+from cppo_lightning.engines.vllm_server import process as vllm_process
+from cppo_lightning.engines.vllm_server.client import Patience
+from cppo_lightning.engines.vllm_server.engine import VLLMServerEngine
+from cppo_lightning.engines.vllm_server.weight_folder import WeightFolder, write_weights
 from cppo_lightning.errors import ConfigError, RolloutError
 
 from . import fake_vllm_server
@@ -284,8 +284,10 @@ class TestServersThatFail:
             raise OSError("No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("cppo_lightning.engines.vllm.weight_transfer.write_weights", partial(write_weights, shard_bytes=1))
-            patch.setattr("cppo_lightning.engines.vllm.weight_folder.save_file", full)
+            patch.setattr(
+                "cppo_lightning.engines.vllm_server.weight_transfer.write_weights", partial(write_weights, shard_bytes=1)
+            )
+            patch.setattr("cppo_lightning.engines.vllm_server.weight_folder.save_file", full)
             with pytest.raises(RolloutError, match=r"cannot be written .* No space left"):
                 engine.load_weights(gathered(), 1)
         assert read == [name for name, _ in model.named_parameters()], "other ranks would wait for the rest"
@@ -529,7 +531,7 @@ class TestWithVLLM:
             write_weights(((name, tensor) for name, tensor in weights if name != "model.norm.weight"), folder, label)
 
         with monkeypatch.context() as patch:
-            patch.setattr("cppo_lightning.engines.vllm.weight_transfer.write_weights", sabotaged)
+            patch.setattr("cppo_lightning.engines.vllm_server.weight_transfer.write_weights", sabotaged)
             with pytest.raises(RolloutError, match=r"missing 1: model\.norm\.weight"):
                 engine.load_weights(model.named_parameters(), 9)
         assert engine.version == -1

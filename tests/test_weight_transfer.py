@@ -23,13 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cppo_lightning.engines.checksums import checksums
 from cppo_lightning.engines.engine import Sampling
-from cppo_lightning.engines.vllm import weight_transfer
-from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError, on_each
-from cppo_lightning.engines.vllm.fleet import Fleet
-from cppo_lightning.engines.vllm.keeper import Keeper
-from cppo_lightning.engines.vllm.server_engine import VLLMServerEngine
-from cppo_lightning.engines.vllm.weight_folder import WeightFolder, copied
-from cppo_lightning.engines.vllm.weight_transfer import ByVLLM, transfer_by
+from cppo_lightning.engines.vllm_server import weight_transfer
+from cppo_lightning.engines.vllm_server.client import Patience, Server, ServerAwayError, on_each
+from cppo_lightning.engines.vllm_server.engine import VLLMServerEngine
+from cppo_lightning.engines.vllm_server.fleet import Fleet
+from cppo_lightning.engines.vllm_server.keeper import Keeper
+from cppo_lightning.engines.vllm_server.weight_folder import WeightFolder, copied
+from cppo_lightning.engines.vllm_server.weight_transfer import ByVLLM, transfer_by
 from cppo_lightning.errors import ConfigError, RolloutError
 
 from .test_vllm_engine import largest_difference, needs_vllm
@@ -72,7 +72,7 @@ class TestSettings:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         if settings.get("urls") is None:
-            monkeypatch.setattr("cppo_lightning.engines.vllm.server_engine.check_installed", lambda engine: None)
+            monkeypatch.setattr("cppo_lightning.engines.vllm_server.engine.check_installed", lambda engine: None)
         with pytest.raises(ConfigError, match=message):
             VLLMServerEngine(**settings)
 
@@ -154,7 +154,7 @@ class TestByVLLM:
     def send(
         self, streams: Streams, patience: Patience, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> tuple[list[Watched], Exception | None]:
-        monkeypatch.setattr("cppo_lightning.engines.vllm.transfer_trainer.stream", streams)
+        monkeypatch.setattr("cppo_lightning.engines.vllm_server.transfer_trainer.stream", streams)
         keepers = [Watched(), Watched()]
         try:
             ByVLLM("gloo", torch.bfloat16, 100, patience).send(WEIGHTS.items(), cast("list[Keeper]", keepers), folder, "run/1")
@@ -232,7 +232,7 @@ class TestTrainersEnd:
         ("most", "sizes"), [(1, [1] * 8), (1000, [2, 1, 1, 1, 1, 1, 1]), (10**6, [8])]
     )  # p0 has 256 bytes, p1 512, ...
     def test_buckets_hold_every_parameter_once_and_no_more_than_they_should(self, most: int, sizes: list[int]) -> None:
-        from cppo_lightning.engines.vllm.transfer_trainer import Bucket
+        from cppo_lightning.engines.vllm_server.transfer_trainer import Bucket
 
         buffer = torch.empty(64, 8)
 
@@ -252,7 +252,7 @@ class TestTrainersEnd:
         assert not bucket.metadata()
 
     def test_one_bucket_is_in_memory_besides_the_parameter_in_hand(self) -> None:
-        from cppo_lightning.engines.vllm.transfer_trainer import Bucket
+        from cppo_lightning.engines.vllm_server.transfer_trainer import Bucket
 
         counted = AtOnce(most=1)
         bucket, held = Bucket("cpu"), AtOnce(most=2)
@@ -262,7 +262,7 @@ class TestTrainersEnd:
         assert counted.count == held.count == 9
 
     def test_every_server_gets_ranks_of_its_own(self) -> None:
-        from cppo_lightning.engines.vllm.transfer_trainer import AllServers
+        from cppo_lightning.engines.vllm_server.transfer_trainer import AllServers
 
         posted: dict[str, Any] = {}
 
@@ -279,7 +279,7 @@ class TestTrainersEnd:
 
     @pytest.mark.parametrize(("up", "error"), [(True, RolloutError), (False, ServerAwayError)])
     def test_one_that_went_away_explains_why_others_refuse(self, up: bool, error: type[Exception]) -> None:
-        from cppo_lightning.engines.vllm.transfer_trainer import AllServers, _explained
+        from cppo_lightning.engines.vllm_server.transfer_trainer import AllServers, _explained
 
         def refuse(path: str, body: Any) -> None:
             raise RolloutError("connection closed by peer")
@@ -291,7 +291,7 @@ class TestTrainersEnd:
             client.update_weights({})
 
     def test_a_call_that_fails_frees_the_sender(self) -> None:
-        from cppo_lightning.engines.vllm.transfer_trainer import AllServers
+        from cppo_lightning.engines.vllm_server.transfer_trainer import AllServers
 
         def refuse(path: str, body: Any) -> None:
             raise RolloutError(f"{path} refused")
@@ -304,7 +304,7 @@ class TestTrainersEnd:
         assert str(client.settled()) == "/update_weights refused"
 
     def test_gloo_brings_what_rank_0_sends_and_ends_when_one_leaves(self) -> None:
-        from cppo_lightning.engines.vllm.transfer_backends import GlooGroup
+        from cppo_lightning.engines.vllm_server.transfer_backends import GlooGroup
 
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -363,7 +363,7 @@ class TestCUDABackends:
 
     @pytest.fixture
     def servers(self, monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
-        from cppo_lightning.engines.vllm import transfer_trainer
+        from cppo_lightning.engines.vllm_server import transfer_trainer
 
         bucket = transfer_trainer.Bucket
         monkeypatch.setattr(transfer_trainer, "Bucket", lambda device: {"cuda": bucket("cpu")}[device])
@@ -373,7 +373,7 @@ class TestCUDABackends:
     def test_nccl(self, servers: list[Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm.distributed.weight_transfer import nccl_engine
 
-        from cppo_lightning.engines.vllm.transfer_trainer import stream
+        from cppo_lightning.engines.vllm_server.transfer_trainer import stream
 
         sent: list[Tensor] = []
         left: list[bool] = []
@@ -404,7 +404,7 @@ class TestCUDABackends:
         from vllm.distributed.weight_transfer import ipc_engine
         from vllm.distributed.weight_transfer.packed_tensor import PackedIpcChunk
 
-        from cppo_lightning.engines.vllm.transfer_trainer import stream
+        from cppo_lightning.engines.vllm_server.transfer_trainer import stream
 
         def produce(iterator: Iterator[tuple[str, Tensor]], buffer_size_bytes: int, **_: Any) -> Iterator[PackedIpcChunk]:
             tensors = dict(iterator)

@@ -2,6 +2,7 @@
 
 from cppo_lightning.engines.engine import Completion, RolloutEngine, Sampling
 from cppo_lightning.engines.transformers_engine import TransformersEngine
-from cppo_lightning.engines.vllm import Patience, VLLMEngine, VLLMServerEngine
+from cppo_lightning.engines.vllm.engine import VLLMEngine
+from cppo_lightning.engines.vllm_server import Patience, VLLMServerEngine
 
 __all__ = ["Completion", "Patience", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"]

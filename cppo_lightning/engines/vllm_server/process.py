@@ -17,7 +17,7 @@ from typing import Any
 SERVE = ("-m", "vllm.entrypoints.openai.api_server")
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_SECONDS = 5.0
-_OURS = "cppo_lightning.engines.vllm"
+_OURS = "cppo_lightning.engines.vllm_server"
 # what a server needs to be one that this project samples from, whoever starts it
 REQUIRED = {
     "logprobs_mode": "processed_logprobs",

@@ -21,13 +21,13 @@ from cppo_lightning.engines.requests import (
     meta_parameters,
     read_config,
 )
-from cppo_lightning.engines.vllm.answers import request_body
-from cppo_lightning.engines.vllm.client import Patience, Server, is_loopback
-from cppo_lightning.engines.vllm.fleet import Fleet
-from cppo_lightning.engines.vllm.process import REQUIRED, ServerProcess
-from cppo_lightning.engines.vllm.sampling import sampled
 from cppo_lightning.engines.vllm.settings import CPU_DEFAULTS, RESERVED, check_installed, check_settings
-from cppo_lightning.engines.vllm.weight_transfer import check_way, transfer_by
+from cppo_lightning.engines.vllm_server.answers import request_body
+from cppo_lightning.engines.vllm_server.client import Patience, Server, is_loopback
+from cppo_lightning.engines.vllm_server.fleet import Fleet
+from cppo_lightning.engines.vllm_server.process import REQUIRED, ServerProcess
+from cppo_lightning.engines.vllm_server.sampling import sampled
+from cppo_lightning.engines.vllm_server.weight_transfer import check_way, transfer_by
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.ranks import from_rank_zero, is_rank_zero
 

@@ -17,8 +17,8 @@ from vllm.utils import random_uuid
 from vllm.v1.engine import output_processor
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
-from cppo_lightning.engines.vllm.answers import PATH, Answer
 from cppo_lightning.engines.vllm.capture import LogProbs
+from cppo_lightning.engines.vllm_server.answers import PATH, Answer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

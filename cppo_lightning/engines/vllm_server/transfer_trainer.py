@@ -16,8 +16,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from cppo_lightning.engines.vllm.client import Server, ServerAwayError, on_each
-from cppo_lightning.engines.vllm.transfer_backends import GlooTrainerInitInfo
+from cppo_lightning.engines.vllm_server.client import Server, ServerAwayError, on_each
+from cppo_lightning.engines.vllm_server.transfer_backends import GlooTrainerInitInfo
 from cppo_lightning.errors import RolloutError
 
 if TYPE_CHECKING:

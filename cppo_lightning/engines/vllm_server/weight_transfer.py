@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError, on_each
 from cppo_lightning.engines.vllm.process_state import process_state_kept, set_environment
 from cppo_lightning.engines.vllm.settings import PARALLEL, check_installed
-from cppo_lightning.engines.vllm.weight_folder import copied, write_weights
 from cppo_lightning.engines.vllm.weights import received
+from cppo_lightning.engines.vllm_server.client import Patience, Server, ServerAwayError, on_each
+from cppo_lightning.engines.vllm_server.weight_folder import copied, write_weights
 from cppo_lightning.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cppo_lightning.engines.vllm.keeper import Keeper
+    from cppo_lightning.engines.vllm_server.keeper import Keeper
 
 WAYS = ("folder", "gloo", "nccl", "ipc")
 BUCKET_BYTES = 256 * 2**20
@@ -101,7 +101,7 @@ class ByVLLM(WeightTransfer):
         """Have every server take over ``weights``, whose checksums are in ``sent`` once they have gone."""
         set_environment()
         with process_state_kept():
-            from cppo_lightning.engines.vllm.transfer_trainer import stream
+            from cppo_lightning.engines.vllm_server.transfer_trainer import stream
 
         for found in stream(weights, servers, self._way, self._bucket_bytes, self._patience.stall):
             if found != sent:

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from cppo_lightning.engines.vllm.answers import PATH, Answer
-from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError, accepted
+from cppo_lightning.engines.vllm_server.answers import PATH, Answer
+from cppo_lightning.engines.vllm_server.client import Patience, Server, ServerAwayError, accepted
 from cppo_lightning.errors import RolloutError
 
 _MOST_IN_FLIGHT = 256  # requests per server; what it cannot run yet waits there

@@ -6,11 +6,11 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cppo_lightning.engines.vllm.transfer_backends  # noqa: F401, a worker finds a backend by its name, once it is registered
+import cppo_lightning.engines.vllm_server.transfer_backends  # noqa: F401, a worker finds a backend by its name, once it is registered
 from cppo_lightning.engines.checksums import checksum
 from cppo_lightning.engines.requests import checked_weights, meta_parameters, read_config
 from cppo_lightning.engines.vllm.settings import installed_version, repack_output_head
-from cppo_lightning.engines.vllm.weight_folder import WeightFolder
+from cppo_lightning.engines.vllm_server.weight_folder import WeightFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

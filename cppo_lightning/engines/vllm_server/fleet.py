@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from cppo_lightning.engines.vllm.client import Patience, Server
-from cppo_lightning.engines.vllm.keeper import Keeper
-from cppo_lightning.engines.vllm.process import ServerProcess, how_to_serve
 from cppo_lightning.engines.vllm.settings import check_version
-from cppo_lightning.engines.vllm.weight_transfer import WeightTransfer
+from cppo_lightning.engines.vllm_server.client import Patience, Server
+from cppo_lightning.engines.vllm_server.keeper import Keeper
+from cppo_lightning.engines.vllm_server.process import ServerProcess, how_to_serve
+from cppo_lightning.engines.vllm_server.weight_transfer import WeightTransfer
 from cppo_lightning.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:

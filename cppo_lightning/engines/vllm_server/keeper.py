@@ -7,8 +7,8 @@ import time
 import warnings
 from pathlib import Path
 
-from cppo_lightning.engines.vllm.client import Patience, Server, ServerAwayError
-from cppo_lightning.engines.vllm.process import ServerProcess
+from cppo_lightning.engines.vllm_server.client import Patience, Server, ServerAwayError
+from cppo_lightning.engines.vllm_server.process import ServerProcess
 from cppo_lightning.errors import ConfigError, RolloutError
 
 _LOOK_SECONDS = 0.5

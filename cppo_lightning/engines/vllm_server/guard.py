@@ -7,7 +7,7 @@ import hmac
 import os
 from typing import TYPE_CHECKING, Any
 
-from cppo_lightning.engines.vllm.route import attach  # here, so that a vLLM that it does not fit is told at the start
+from cppo_lightning.engines.vllm_server.route import attach  # here, so that a vLLM that it does not fit is told at the start
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ class RequireKey:
     """ASGI middleware: a request on any route needs ``Authorization: Bearer`` with the server's ``VLLM_API_KEY``.
 
     vLLM's own check covers the routes under /v1 and /inference alone, not those that change weights.  A server that starts
-    with it also gets :mod:`~cppo_lightning.engines.vllm.route`, so that our route is never there without the key.
+    with it also gets :mod:`~cppo_lightning.engines.vllm_server.route`, so that our route is never there without the key.
 
     Raises:
         RuntimeError: the server has no key.
