@@ -18,10 +18,13 @@ from cppo_lightning.callbacks.gate_metrics import GateMetrics
 from cppo_lightning.callbacks.logprob_gap import LogProbGap
 from cppo_lightning.callbacks.mask_rate import MaskRate
 from cppo_lightning.callbacks.mismatch import Mismatch
+from cppo_lightning.callbacks.nonfinite_guard import NonFiniteGuard
 from cppo_lightning.callbacks.prediction_writer import PredictionWriter
 from cppo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from cppo_lightning.callbacks.rollout_progress import RolloutProgress
+from cppo_lightning.callbacks.run_checkpoint import RunCheckpoint
 from cppo_lightning.callbacks.run_summary import RunSummary
+from cppo_lightning.callbacks.shutdown import Shutdown
 from cppo_lightning.callbacks.text_samples import TextSamples
 from cppo_lightning.callbacks.weight_sync_canary import WeightSyncCanary
 
@@ -37,10 +40,13 @@ __all__ = [
     "LogProbGap",
     "MaskRate",
     "Mismatch",
+    "NonFiniteGuard",
     "PredictionWriter",
     "RolloutMetrics",
     "RolloutProgress",
+    "RunCheckpoint",
     "RunSummary",
+    "Shutdown",
     "TextSamples",
     "WeightSyncCanary",
 ]

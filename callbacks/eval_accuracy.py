@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
@@ -13,6 +14,7 @@ from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import WeightedMeans, drain, log_metrics
 from cppo_lightning.prompts import PromptSource
+from cppo_lightning.ranks import on_all_ranks
 from cppo_lightning.verifiers.base import Outcome, Problem
 
 if TYPE_CHECKING:
@@ -132,11 +134,7 @@ class EvalAccuracy(Callback):
         metrics: dict[str, float] = {}
         for name, problems in self._problems.items():
             mine = problems[trainer.global_rank :: trainer.world_size]
-            for first in range(0, len(mine), size):
-                notify(trainer, "on_evaluation_progress", name, first, len(mine))
-                seed = data.draw_seed("eval", name, trainer.global_step, first)
-                samples = data.sampler.sample(mine[first : first + size], self.samples, sampling, seed=seed).samples
-                self._means[name].update(self._totals(name, samples))
+            on_all_ranks(partial(self._sample, trainer, name, mine, size, sampling))
             metrics |= drain(self._means[name], pl_module.device)
         metrics[self.mean_tag] = sum(metrics[self._tag(name)] for name in self._problems) / len(self._problems)
         metrics["eval/seconds"] = time.perf_counter() - started
@@ -144,6 +142,15 @@ class EvalAccuracy(Callback):
         self.history.append((trainer.global_step, metrics))
         notify(trainer, "on_evaluation_end", metrics)
         return metrics
+
+    def _sample(self, trainer: Trainer, name: str, problems: Sequence[Problem], size: int, sampling: Sampling) -> None:
+        """Add up what this rank's ``problems`` of a set give, ``size`` at a time."""
+        data = rollout_data(trainer, self.name)
+        for first in range(0, len(problems), size):
+            notify(trainer, "on_evaluation_progress", name, first, len(problems))
+            seed = data.draw_seed("eval", name, trainer.global_step, first)
+            samples = data.sampler.sample(problems[first : first + size], self.samples, sampling, seed=seed).samples
+            self._means[name].update(self._totals(name, samples))
 
     def _totals(self, name: str, samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
         outcomes = [sample.verdict.outcome for sample in samples]

@@ -1,4 +1,4 @@
-"""A checkpoint of a run whose rollouts fail, so that nothing is lost but the rollout."""
+"""A checkpoint of a run that is interrupted, or whose rollouts fail, so that nothing is lost but the rollout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import Callback
 
 from cppo_lightning.errors import RolloutError
-from cppo_lightning.ranks import AllRanksError
+from cppo_lightning.interrupts import Interrupted
+from cppo_lightning.ranks import AllRanksError, AllRanksInterrupted
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 class FailureCheckpoint(Callback):
     """Saves a run that a :class:`RolloutError` ends: an engine that is gone for good, or verifiers that do not start.
 
-    Such an error is raised between optimizer steps, so that what is saved is whole; with several ranks, it is saved if all of
-    them have raised it.  Ctrl-C, or an error of torch, may come in the middle of a step or on one rank alone: then
-    ``ModelCheckpoint``'s last file is where to go on from.  (Lightning's ``OnExceptionCheckpoint`` saves then too, and fails
-    where there is no model yet.)
+    So it does with one that Ctrl-C or SIGTERM ends.  Both come between optimizer steps, so that what is saved is whole; with
+    several ranks, it is saved if all of them end so.  A second signal, or an error of torch, may come in the middle of a step
+    or on one rank alone: then ``ModelCheckpoint``'s last file is where to go on from.  (Lightning's ``OnExceptionCheckpoint``
+    saves then too, and fails where there is no model yet.)
+
+    The command line gives one to every run that keeps checkpoints.
 
     Args:
         dirpath: folder of the checkpoint; null for ``checkpoints`` in the logger's folder.
@@ -44,8 +47,8 @@ class FailureCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Runs when the run ends by an exception: saves, and notes at the exception where."""
-        everywhere = isinstance(exception, RolloutError if trainer.world_size == 1 else AllRanksError)
-        if self._path is None or not everywhere:
+        between_steps = RolloutError | Interrupted if trainer.world_size == 1 else AllRanksError | AllRanksInterrupted
+        if self._path is None or not isinstance(exception, between_steps):
             return
         try:
             trainer.save_checkpoint(self._path)

@@ -54,6 +54,13 @@ class RolloutMetrics(Callback):
         if stage == "fit":
             rollout_data(trainer, type(self).__name__)
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint in the middle of a rollout: the ages of the steps that were taken on it."""
+        return {"ages": list(self._ages)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ages = list(state_dict["ages"])
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, batch_idx: int) -> None:
         """Runs before each update; before a rollout's first one it logs the rollout."""
         self._step = trainer.global_step

@@ -1,27 +1,26 @@
-"""The command line: ``python -m cppo_lightning {fit,validate,test,predict} --config ...``."""
+"""The command line: ``python -m cppo_lightning {fit,validate,test,predict} --config ...``, and commands on what they leave."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
+
+from cppo_lightning.interrupts import INTERRUPTS
 
 # Lightning's remarks on what is meant to be so here: (part of the message, why it is)
 EXPECTED_WARNINGS = (
-    "Your `IterableDataset` has `__len__` defined",  # without one a rollout would be prefetched, from weights one step old
     "Total length of `list` across ranks is zero",  # evaluation during fit is up to callbacks
-    "does not have many workers",  # the rollout stream lives in this process, beside the weights
+    "your dataloader is not resumable",  # the datamodule restores the rest of a rollout
     "isinstance\\(treespec, LeafSpec\\)",  # Lightning's own use of torch
 )
 
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which so gets the shutdown that Lightning gives to Ctrl-C, at once and not after the running rollout."""
+# subcommands that are none of the Trainer's: the module whose main takes what stands after the name
+_OTHER_COMMANDS = {"export": "cppo_lightning.export", "resume-check": "cppo_lightning.resume_check"}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -43,7 +42,7 @@ def main(args: list[str] | None = None) -> None:
     from cppo_lightning.errors import ConfigError, RolloutError
 
     try:
-        with _terminable():
+        with INTERRUPTS.handled():
             _run(args)
     except OmegaConfBaseException as error:
         _end("error", ConfigError(f"{str(error).splitlines()[0]} (interpolations see the keys of their own file only)"), 2)
@@ -61,46 +60,36 @@ def main(args: list[str] | None = None) -> None:
         interrupt = end.__context__ if isinstance(end, SystemExit) else end
         if not isinstance(interrupt, KeyboardInterrupt):
             raise
-        received = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
-        _end("stopped", f"interrupted by {received.name}", 128 + received)
+        received = INTERRUPTS.received or signal.SIGINT
+        interrupt.args = (f"interrupted by {received.name}",)  # also where it was raised by other means
+        _end("stopped", interrupt, 128 + received)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises :class:`_Terminated`; the signals' handlers are as before afterwards."""
-    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
-        yield
-        return
-
-    def terminate(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would cut the shutdown short
-        raise _Terminated
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(kind: str, error: BaseException | str, code: int) -> None:
+def _end(kind: str, error: BaseException, code: int) -> None:
     # such as where FailureCheckpoint has saved the run
     print(f"{kind}: {'; '.join([str(error), *getattr(error, '__notes__', ())])}", file=sys.stderr)
     sys.exit(code)
 
 
 def _run(args: list[str] | None) -> None:
+    command, *rest = args or sys.argv[1:] or [""]
+    if command in _OTHER_COMMANDS:
+        importlib.import_module(_OTHER_COMMANDS[command]).main(rest)
+    else:
+        _run_trainer(args)
+
+
+def _run_trainer(args: list[str] | None) -> None:
     import logging
 
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from transformers.utils import logging as transformers_logging
 
-    from cppo_lightning.callbacks import PredictionWriter
+    from cppo_lightning.callbacks import FailureCheckpoint, PredictionWriter, Shutdown
     from cppo_lightning.datamodule import RolloutDataModule
     from cppo_lightning.module import RLVRModule
+    from cppo_lightning.resume import checkpoint_path
     from cppo_lightning.untrusted import check_checkpoint
 
     class CPPOCLI(LightningCLI):
@@ -110,7 +99,8 @@ def _run(args: list[str] | None) -> None:
             return {name: hidden | {"weights_only"} for name, hidden in LightningCLI.subcommands().items()}
 
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-            parser = super().init_parser(**{**kwargs, "prog": "python -m cppo_lightning"})
+            others = f"Further commands, each with a --help of its own: {', '.join(_OTHER_COMMANDS)}"
+            parser = super().init_parser(**{**kwargs, "prog": "python -m cppo_lightning", "epilog": others})
             parser.allow_abbrev = False  # a key cut short is a misspelt key
             # an error names its key; 200 lines of usage before it would bury that
             parser.print_usage = lambda file=None: None
@@ -131,11 +121,21 @@ def _run(args: list[str] | None) -> None:
 
         def after_instantiate_classes(self) -> None:
             at_the_end.callback(self.datamodule.close)
+            subcommand = str(self.subcommand)
+            run = self.config_init[subcommand]
+            if run.ckpt_path is not None:
+                run.ckpt_path = checkpoint_path(self.trainer, subcommand, run.ckpt_path)
+            if run.ckpt_path is not None and subcommand == "fit":
+                self.datamodule.expect(check_checkpoint(run.ckpt_path))
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             trainer = super().instantiate_trainer(**kwargs)
-            if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
-                trainer.callbacks.append(PredictionWriter())  # pyright: ignore[reportAttributeAccessIssue]
+            callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+            if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
+                callbacks.append(PredictionWriter())
+            if trainer.checkpoint_callbacks and not any(isinstance(c, FailureCheckpoint) for c in callbacks):
+                callbacks.append(FailureCheckpoint())
+            callbacks.append(Shutdown())
             return trainer
 
     transformers_logging.disable_progress_bar()
@@ -148,5 +148,6 @@ def _run(args: list[str] | None) -> None:
             parser_kwargs={"parser_mode": "omegaconf"},
             seed_everything_default=1,
             auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},  # a run may go on in its folder
             args=args,
         )

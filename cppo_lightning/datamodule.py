@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from cppo_lightning.advantages import AdvantageEstimator, GroupRelative
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.ranks import data_share
+from cppo_lightning.resume import tell_other_versions, updates_taken, versions
 from cppo_lightning.rollout import (
     PromptOrder,
     PromptSource,
@@ -27,7 +28,8 @@ from cppo_lightning.rollout import (
 from cppo_lightning.rollout.ahead import TrainingRollouts
 from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream
 from cppo_lightning.rollout.problem_sets import DataRules, ProblemSets, context_length
-from cppo_lightning.rollout.settings import check_settings, check_training
+from cppo_lightning.rollout.progress import Progress
+from cppo_lightning.rollout.settings import check_same_data, check_settings, check_training
 from cppo_lightning.verifiers import Verifier, VerifierPool
 from cppo_lightning.verifiers.overlong import Overlong
 
@@ -36,8 +38,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
-    from cppo_lightning.mismatch import Anchor
+    from cppo_lightning.mismatch import Anchor, RecomputedBatch
     from cppo_lightning.verifiers import Problem
+
+
+_PATIENCE = 10.0  # seconds that a run which is ending waits for a rollout that is being drawn ahead
 
 
 class Trained(Protocol):
@@ -48,7 +53,7 @@ class Trained(Protocol):
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
 
-    def recompute(self, batch: RolloutBatch) -> RolloutBatch: ...
+    def recompute(self, batch: RolloutBatch) -> RecomputedBatch: ...
 
 
 class RolloutDataModule(LightningDataModule):
@@ -113,7 +118,7 @@ class RolloutDataModule(LightningDataModule):
         self.allow_other_data = allow_other_data
         self.top_k = top_k
         self.seed = seed
-        self.rollouts: TrainingRollouts | None = None  # of fit
+        self.progress: Progress | None = None  # of fit
         self.rollout: Rollout | None = None  # what is trained on, or was at last
         self._restored: dict[str, Any] | None = None  # of a checkpoint
         self._weights_current = False
@@ -123,9 +128,9 @@ class RolloutDataModule(LightningDataModule):
         from transformers import AutoConfig, AutoTokenizer
 
         self._weights_current = False  # another stage may come with other weights
-        world = self._trainer().world_size
+        share = data_share(self._trainer())
         if stage == "fit":
-            check_training(self.plan, world, self._trained().anchor)
+            check_training(self.plan, share[1], self._trained().anchor)
         if stage != "fit" and self.evaluation is None:
             raise ConfigError(f"data.evaluation is not set; {stage} needs to know what to sample")
         config = AutoConfig.from_pretrained(self.model, trust_remote_code=False).get_text_config()
@@ -141,10 +146,10 @@ class RolloutDataModule(LightningDataModule):
             training, shares = self.sets.load_training(self.prompts, self.sampling.max_tokens), self.prompts.shares()
             order = PromptOrder(training.problems, self.seed, shares)
             refills = PromptOrder(training.problems, self.seed + 2**31, shares)  # another shuffle of the same problems
-            ranks = (self._trainer().global_rank, world)
-            self.rollouts = TrainingRollouts(
-                order, refills, self.plan, ranks, sync=self.sync_weights, sample=self._sample, seed=self.draw_seed
+            rollouts = TrainingRollouts(
+                order, refills, self.plan, share, sync=self.sync_weights, sample=self._sample, seed=self.draw_seed
             )
+            self.progress = Progress(rollouts, self._stream(), share)
             self.fingerprint = training.fingerprint
             self._restore()
         if self.evaluation is not None:
@@ -160,8 +165,8 @@ class RolloutDataModule(LightningDataModule):
 
     def sync_weights(self) -> None:
         """Hand the policy's current weights to the engine, once it is free, unless it has them already."""
-        if self.rollouts is not None:
-            self.rollouts.wait()
+        if self.progress is not None:
+            self.progress.rollouts.wait()
         trainer = self._trainer()
         version = trainer.global_step
         if self._weights_current and self.engine.version == version:
@@ -172,31 +177,39 @@ class RolloutDataModule(LightningDataModule):
 
     def draw_seed(self, *purpose: str | int) -> int:
         """The engine's seed for one purpose, from the run's seed and this rank: it depends on nothing that ran before."""
-        text = "/".join(map(str, (self.seed, self._trainer().global_rank, *purpose)))
+        rank, _ = data_share(self._trainer())
+        text = "/".join(map(str, (self.seed, rank, *purpose)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # an int64
 
-    def train_dataloader(self) -> DataLoader[RolloutBatch]:
-        # the id in padding is never read: attention and losses are masked
-        trained = self._trained()
-        recompute = trained.recompute if trained.anchor == "recomputed" else None
-        stream = RolloutStream(self._draw, self.advantages, self.plan.updates, self.top_k, 0, self.overlong, recompute)
-        return DataLoader(stream, batch_size=None, num_workers=0)
+    def train_dataloader(self) -> RolloutStream:
+        return self._running().stream
 
-    def val_dataloader(self) -> DataLoader[Rollout] | list[Any]:
+    def val_dataloader(self) -> EvaluationStream | list[Any]:
         """Nothing during fit: what is evaluated there, and when, is up to callbacks."""
-        return [] if self._trainer().state.fn == "fit" else self._evaluation_loader()
+        return [] if self._trainer().state.fn == "fit" else self._evaluation_stream()
 
-    def test_dataloader(self) -> DataLoader[Rollout]:
-        return self._evaluation_loader()
+    def test_dataloader(self) -> EvaluationStream:
+        return self._evaluation_stream()
 
-    def predict_dataloader(self) -> DataLoader[Rollout]:
-        return self._evaluation_loader()
+    def predict_dataloader(self) -> EvaluationStream:
+        return self._evaluation_stream()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch.to(device) if isinstance(batch, RolloutBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompt_position": self._training().position, "fingerprint": self.fingerprint}
+        """Where the run is, by Lightning's counters between two updates; on rank 0 with what every rank holds.
+
+        A rollout that is being drawn ahead is waited for, unless the run is ending.  Every rank must call it.
+        """
+        trainer = self._trainer()
+        trained = updates_taken(trainer.fit_loop.epoch_loop.batch_progress)
+        progress = self._running().state_dict(trained, _PATIENCE if trainer.interrupted else None)
+        return {**progress, "fingerprint": self.fingerprint, "versions": versions()}
+
+    def expect(self, checkpoint: Mapping[str, Any]) -> None:
+        """Tell ``setup`` which checkpoint ``fit`` will load, so that it refuses other data before any model is loaded."""
+        self._restored = checkpoint.get(type(self).__qualname__)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
@@ -207,16 +220,15 @@ class RolloutDataModule(LightningDataModule):
         """Go on where a checkpoint ended, if the problems are those it was trained on."""
         if self._restored is None:
             return
-        theirs = self._restored["fingerprint"]
-        if theirs != self.fingerprint and not self.allow_other_data:
-            raise ConfigError(
-                f"the checkpoint was trained on problems with the fingerprint {theirs}, these have {self.fingerprint}: restore "
-                "data.prompts, data.template and what drops problems, or set data.allow_other_data: true to go on with these"
-            )
-        self._training().position = self._restored["prompt_position"]
+        check_same_data(self._restored["fingerprint"], self.fingerprint, self.allow_other_data)
+        tell_other_versions(self._restored["versions"])
+        progress = self._running()
+        progress.load_state_dict(self._restored)
+        self.rollout = progress.stream.hand and progress.stream.hand.rollout
 
     def teardown(self, stage: str) -> None:
         self._stop()
+        self._restored = None
 
     def on_exception(self, exception: BaseException) -> None:
         self._stop()
@@ -229,34 +241,41 @@ class RolloutDataModule(LightningDataModule):
 
     def _stop(self) -> None:
         """A rollout that is drawn ahead must not outlive the run, nor use what is closed."""
-        if self.rollouts is not None:
-            self.rollouts.stop()
+        if self.progress is not None:
+            self.progress.rollouts.stop()
 
     def _draw(self) -> Rollout:
         trainer = self._trainer()
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         last = 0 <= epochs <= trainer.current_epoch + 1 or 0 <= steps <= trainer.global_step + self.plan.updates
-        self.rollout = self._training().next(another=not last)
+        self.rollout = self._running().rollouts.next(another=not last)
         return self.rollout
 
     def _sample(self, problems: list[Problem], seed: int) -> Rollout:
         return self.sampler.sample(problems, self.plan.samples, self.sampling, self.top_k, seed)
 
-    def _evaluation_loader(self) -> DataLoader[Rollout]:
+    def _stream(self) -> RolloutStream:
+        # the id in padding is never read: attention and losses are masked
+        trained = self._trained()
+        recompute = trained.recompute if trained.anchor == "recomputed" else None
+        return RolloutStream(self._draw, self.advantages, self.plan.updates, self.top_k, 0, self.overlong, recompute)
+
+    def _evaluation_stream(self) -> EvaluationStream:
         evaluation = self.evaluation
         assert evaluation is not None, "setup refused this"
 
         def sample(problems: Sequence[Problem], place: int) -> Rollout:
             self.sync_weights()
+            if not problems:
+                return Rollout([], evaluation.samples, self.engine.version, 0.0, 0.0)
             seed = self.draw_seed("evaluation", place)
             return self.sampler.sample(problems, evaluation.samples, evaluation.sampling, seed=seed)
 
-        mine = self.evaluated[self._trainer().global_rank :: self._trainer().world_size]
-        return DataLoader(EvaluationStream(mine, evaluation.batch_prompts, sample), batch_size=None, num_workers=0)
+        return EvaluationStream(self.evaluated, evaluation.batch_prompts, data_share(self._trainer()), sample)
 
-    def _training(self) -> TrainingRollouts:
-        assert self.rollouts is not None, "setup makes them"
-        return self.rollouts
+    def _running(self) -> Progress:
+        assert self.progress is not None, "setup makes it"
+        return self.progress
 
     def _trained(self) -> Trained:
         return cast("Trained", self._trainer().lightning_module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
@@ -26,8 +25,12 @@ from cppo_lightning.mismatch import (
     decoupled_gate,
     numbered,
 )
-from cppo_lightning.policy import Policy, PolicyConfig, ResponseLogProbs
+from cppo_lightning.policy import Policy, ResponseLogProbs
+from cppo_lightning.policy_config import PolicyConfig, check_precision
+from cppo_lightning.ranks import data_share
+from cppo_lightning.resume import settle_loops
 from cppo_lightning.rollout.sampler import Rollout
+from cppo_lightning.strategies import FSDP2
 from cppo_lightning.trust_regions import TrustRegion
 from cppo_lightning.untrusted import WeightsOnly, check_no_code, refusing
 from cppo_lightning.verifiers.base import Outcome
@@ -49,6 +52,20 @@ class GateObserver(Protocol):
 
     def on_gate(self, trainer: Trainer, pl_module: RLVRModule, stats: TokenStats, gate: Gate) -> None:
         """Runs once per micro-batch, after the trust region decided and before the backward pass."""
+        ...
+
+
+@runtime_checkable
+class NonFiniteObserver(Protocol):
+    """A callback that wants to see the minibatches on which no step could be taken."""
+
+    def on_nonfinite_step(self, trainer: Trainer, pl_module: RLVRModule, batch: RolloutBatch, terms: Tensor) -> None:
+        """Runs on every rank in place of an optimizer step whose loss or gradient is not finite, while the gradients are there.
+
+        Args:
+            batch: this rank's part of the minibatch.
+            terms: its shares ``[2]`` of surrogate and reference KL.
+        """
         ...
 
 
@@ -113,7 +130,12 @@ class RLVRModule(LightningModule):
         self.reference: Policy | None = None
 
     def setup(self, stage: str) -> None:
-        """Runs before any checkpoint is read, and sees to it that none is unpickled, wherever it comes from."""
+        """Runs before any checkpoint is read, and sees to it that none is unpickled, wherever it comes from.
+
+        Raises:
+            ConfigError: ``trainer.precision`` that updates would be lost in.
+        """
+        check_precision(self.trainer.precision, self.policy_config.dtype)
         strategy = self.trainer.strategy
         if not isinstance(strategy.checkpoint_io, WeightsOnly):
             strategy.checkpoint_io = WeightsOnly(strategy.checkpoint_io)
@@ -121,9 +143,11 @@ class RLVRModule(LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        self.policy = Policy.load(self.policy_config)
+        strategy = None if self._trainer is None else self._trainer.strategy
+        load = strategy.load_policy if isinstance(strategy, FSDP2) else Policy.load
+        self.policy = load(self.policy_config)
         if self.reference_kl is not None:
-            self.reference = Policy.load(self.policy_config).eval().requires_grad_(False)
+            self.reference = load(replace(self.policy_config, lora=None)).eval().requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self._policy().parameters() if p.requires_grad])
@@ -141,7 +165,7 @@ class RLVRModule(LightningModule):
 
         It is cut as in training, so that at a rollout's first update pi / pi_old is 1.  Every rank must call it.
         """
-        parts = self._micro_batches(numbered(batch).to(self.device))
+        parts = self._micro_batches(numbered(batch).to(self.trainer.strategy.root_device))
         with self.trainer.precision_plugin.train_step_context():
             logp = [self._policy()(part, self.temperature).logp for part in parts]
         return RecomputedBatch.assemble(batch, parts, logp)
@@ -162,12 +186,15 @@ class RLVRModule(LightningModule):
                     "goes on, the problems are too hard or too easy for the model, or its answers are cut off"
                 )
             return None
-        values = torch.stack([self._accumulate(part, totals) for part in self._micro_batches(batch)]).sum(0)
+        mine = torch.stack([self._accumulate(part, totals) for part in self._micro_batches(batch)]).sum(0)
+        values = self._sum_over_ranks(mine.clone())
         learning_rate = self._optimizer().param_groups[0]["lr"]
-        grad_norm = self._step()
-        if grad_norm is None:
+        grad_norm = self._grad_norm()
+        if not bool(grad_norm.isfinite() & values[:2].isfinite().all()):  # the same on every rank
+            self._skip_step(batch, mine[:2], grad_norm)
             return None
-        surrogate, reference_kl, entropy = self._sum_over_ranks(values).tolist()
+        self._step(grad_norm)
+        surrogate, reference_kl, entropy = values.tolist()
         loss = -surrogate
         logs = {
             "train/surrogate": surrogate,
@@ -190,23 +217,29 @@ class RLVRModule(LightningModule):
         else:
             check_staleness(batch, self.global_step, batch_idx % plan.updates, plan.updates * plan.max_staleness)
 
-    def _step(self) -> Tensor | None:
-        """Clip and step; the norm before clipping, or None when it is not finite and no step is taken."""
+    def _grad_norm(self) -> Tensor:
+        gradients = [p.grad for p in self._policy().parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _step(self, grad_norm: Tensor) -> None:
         optimizer = self._optimizer()
-        norm = torch.nn.utils.clip_grad_norm_(self._policy().parameters(), self.max_grad_norm or math.inf)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        finite = bool(norm.isfinite())
-        if finite:
-            optimizer.step()
-            if self.make_lr_scheduler is not None:
-                cast("LRScheduler", self.lr_schedulers()).step()
-        else:
-            rank_zero_warn(
-                f"step {self.global_step}: gradient norm {float(norm)}; no step was taken, the weights are unchanged"
-            )
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._policy().parameters(), self.max_grad_norm, grad_norm)
+        optimizer.step()
+        if self.make_lr_scheduler is not None:
+            cast("LRScheduler", self.lr_schedulers()).step()
         optimizer.zero_grad()
-        return norm if finite else None
+
+    def _skip_step(self, batch: RolloutBatch, terms: Tensor, grad_norm: Tensor) -> None:
+        rank_zero_warn(
+            f"step {self.global_step}: the loss or the gradient is not finite (norm {float(grad_norm)}); no step was taken, "
+            "and the weights are unchanged"
+        )
+        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, NonFiniteObserver):
+                callback.on_nonfinite_step(self.trainer, self, batch, terms)
+        self._optimizer().zero_grad()
 
     def _accumulate(self, batch: RolloutBatch, totals: Totals) -> Tensor:
         """Add one micro-batch's gradient; returns its shares ``[3]`` of surrogate, reference KL and mean entropy."""
@@ -226,7 +259,8 @@ class RLVRModule(LightningModule):
             reference_kl = (coefficients * self.reference_kl(output.logp, reference.logp)).sum()
             loss = loss + self.reference_kl.coef * reference_kl
         # ranks average their gradients, while the denominators are already global
-        self.manual_backward(loss * self.trainer.world_size)
+        _, ranks = data_share(self.trainer)
+        self.manual_backward(loss * ranks)
         surrogate = surrogate_value(stats.advantages, gate, coefficients)
         return torch.stack([surrogate, reference_kl.detach(), output.entropy.sum() / totals.tokens])
 
@@ -250,7 +284,7 @@ class RLVRModule(LightningModule):
     def _micro_batches(self, batch: RolloutBatch) -> list[RolloutBatch]:
         """This rank's micro-batches, filled up with blank ones to the longest rank's count: collectives must match."""
         parts = micro_batches(batch, self.micro_batch_tokens)
-        count = int(self.trainer.strategy.reduce(torch.tensor(len(parts), device=self.device), reduce_op="max"))
+        count = int(self.trainer.strategy.reduce(torch.tensor(len(parts), device=batch.response_ids.device), reduce_op="max"))
         return parts + [batch.blank()] * (count - len(parts))
 
     def _totals(self, batch: RolloutBatch) -> Totals:
@@ -286,15 +320,19 @@ class RLVRModule(LightningModule):
             "truncated_share": sum(not s.completion.finished for s in rollout.samples),
         }
         # weighted by batch size here and over ranks, so that every sample counts once
-        self.log_dict({f"{stage}/{k}": v / count for k, v in sums.items()}, batch_size=count, on_epoch=True, sync_dist=True)
+        means = {f"{stage}/{k}": v / max(count, 1) for k, v in sums.items()}
+        self.log_dict(means, batch_size=count, on_epoch=True, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The reference is the initial model and is loaded from there, not from checkpoints."""
         weights = checkpoint["state_dict"]
         for name in [n for n in weights if n.startswith("reference.")]:
             del weights[name]
+        checkpoint["trust_region"] = self.trust_region.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        settle_loops(checkpoint)
+        self.trust_region.load_state_dict(checkpoint.get("trust_region", {}))
         if self.reference is not None:
             checkpoint["state_dict"] |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,70 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.logprobs import Head, token_logprobs
+from cppo_lightning.lora import IS_ADAPTER, added_by_adapters
+from cppo_lightning.policy_config import PolicyConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from cppo_lightning.batch import RolloutBatch
-
-DType = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Which model is trained and how it is held in memory.
-
-    Args:
-        path: folder of a Hugging Face causal LM with its tokenizer, or a hub id.
-        dtype: dtype of the trained weights.
-        attn_implementation: attention of transformers, for example sdpa, eager or flash_attention_2.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory and more time.
-
-    Raises:
-        ConfigError: the folder is missing or holds no model.
-    """
-
-    path: str
-    dtype: DType = "float32"
-    attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        check_model_path(self.path)
-
-
-def check_model_path(path: str) -> None:
-    """Raise :class:`ConfigError` if ``path`` is a folder without a model, or neither a folder nor a possible hub id."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.policy.path {path!r} has no config.json; it should be a folder saved by save_pretrained")
-        return
-    # a hub id is "owner/name" (or a bare "name"); anything longer or anchored can only be a folder
-    if (
-        folder.is_absolute()
-        or path.startswith((".", "~"))
-        or len(folder.parts) > 2
-        or (folder.parent.is_dir() and folder.parent != Path())
-    ):
-        raise ConfigError(f"model.policy.path {path!r} does not exist; it should be a model folder or a Hugging Face hub id")
-    from transformers.utils.hub import cached_file
-
-    try:
-        cached_file(path, "config.json")
-    except OSError as error:
-        raise ConfigError(
-            f"model.policy.path {path!r} is neither a folder here nor a model that the Hugging Face hub gave: {error}"
-        ) from error
-
-
-def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """pi must be the distribution whose ratio to mu is taken, so nothing in it may be random."""
-    for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-            setattr(config, name, 0.0)
-    return config
 
 
 @dataclass(frozen=True)
@@ -99,20 +43,32 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        _check_head(model)
 
     @classmethod
     def load(cls, config: PolicyConfig) -> Policy:
-        """Load the weights of ``config.path``.  Code that ships with a model is never run."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        """Load the weights of ``config.path``.  Code that ships with a model is never run.
 
-        model = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            config=_without_dropout(AutoConfig.from_pretrained(config.path, trust_remote_code=False)),
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=False,
-        )
+        Raises:
+            ConfigError: the model's head, or a target of ``config.lora``, is not as it would have to be.
+        """
+        from transformers import AutoModelForCausalLM
+
+        policy = cls._with(AutoModelForCausalLM.from_pretrained(config.path, **config.arguments()), config)
+        policy.check_head()
+        return policy
+
+    @classmethod
+    def without_weights(cls, config: PolicyConfig) -> Policy:
+        """The same model with its parameters on the meta device, where they take no memory; buffers are what they should be."""
+        from transformers import AutoModelForCausalLM
+
+        with _parameters_on_meta():
+            return cls._with(AutoModelForCausalLM.from_config(**config.arguments()), config)
+
+    @classmethod
+    def _with(cls, model: PreTrainedModel, config: PolicyConfig) -> Policy:
+        if config.lora is not None:
+            config.lora.add_to(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # training mode is what gradient checkpointing asks for; with dropout off it is the same function
@@ -160,9 +116,32 @@ class Policy(nn.Module):
                 module.reshard()  # else, after a forward pass, some are held whole, and in the dtype that it computes in
         _check_tied(self.model)
         for name, parameter in self.model.named_parameters():
-            if not _IN_DELTA.search(name):
+            if not IS_ADAPTER.search(name):
                 # not through a variable, which would keep it while the next is gathered
-                yield _WRAPPER.sub("", name), _whole(self.model, name, parameter)
+                yield file_name(name), _whole(self.model, name, parameter)
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compare our head with the model's own logits on two tokens: an architecture that treats logits in a way unknown here
+        would train on wrong log-probabilities without any other sign.
+
+        Raises:
+            ConfigError: they differ.
+        """
+        model, was_training = self.model, self.model.training
+        model.eval()
+        ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = output_head(model).logits(hidden)
+        model.train(was_training)
+        gap, scale = float((own - ours).abs().max()), float(own.abs().max())
+        # bf16 heads round logits to 8 bits; a missed scale or cap is far larger
+        if gap > 0.02 * max(scale, 1e-3):
+            raise ConfigError(
+                f"{type(model).__name__} changes logits after its output head in a way that is not supported "
+                f"(largest difference {gap:.3g} at logits up to {scale:.3g}); its log-probabilities would be wrong"
+            )
 
 
 def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
@@ -183,8 +162,11 @@ def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
 
 # parts of parameters' names that torch.compile, activation checkpointing and peft put in
 _WRAPPER = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|base_layer)\.")
-# adapters' parameters, which reach an engine as part of the weight that they add to
-_IN_DELTA = re.compile(r"\.lora_([AB]\.[^.]+\.weight|embedding_[AB]\.[^.]+)$")
+
+
+def file_name(name: str) -> str:
+    """The name that a model's parameter ``name`` has in its folder, whatever wraps the modules here."""
+    return _WRAPPER.sub("", name)
 
 
 @torch.no_grad()
@@ -192,13 +174,9 @@ def _whole(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """One parameter, with what LoRA adapters add to it, gathered from its shards."""
     value = parameter.detach()
     owner = name.removesuffix(".base_layer.weight")
-    layer: Any = model.get_submodule(owner) if owner != name else None
-    if layer is not None and not layer.merged and not layer.disable_adapters:
-        if not hasattr(layer, "lora_A") or any(getattr(layer, "lora_variant", {}).values()):
-            raise ConfigError(f"{owner} has an adapter other than a plain LoRA (DoRA is another), and engines take only that")
-        for adapter in layer.active_adapters:
-            if adapter in layer.scaling:
-                value = value + layer.get_delta_weight(adapter)
+    if owner != name:
+        for delta in added_by_adapters(model.get_submodule(owner), owner):
+            value = value + delta
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -214,6 +192,23 @@ def _check_tied(model: PreTrainedModel) -> None:
         )
 
 
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have their parameters on the meta device.  Not so buffers, which no checkpoint holds."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is has been tied to another module's
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def _attended(response_mask: Tensor) -> Tensor:
     """Everything up to a row's last trainable token is context, tokens inside that are not trained on included."""
     return response_mask.flip(-1).cumsum(-1).flip(-1) > 0
@@ -224,23 +219,3 @@ def _unflatten(values: Tensor, mask: Tensor) -> Tensor:
     out = values.new_zeros((*mask.shape, *values.shape[1:]))
     out[mask] = values
     return out
-
-
-@torch.no_grad()
-def _check_head(model: PreTrainedModel) -> None:
-    """Compare our head with the model's own logits on two tokens: an architecture that treats logits in a way unknown
-    here would train on wrong log-probabilities without any other sign."""
-    was_training = model.training
-    model.eval()
-    ids = torch.tensor([[0, 1]], device=next(model.parameters()).device)
-    own = model(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    ours = output_head(model).logits(hidden)
-    model.train(was_training)
-    gap, scale = float((own - ours).abs().max()), float(own.abs().max())
-    # bf16 heads round logits to 8 bits; a missed scale or cap is far larger
-    if gap > 0.02 * max(scale, 1e-3):
-        raise ConfigError(
-            f"{type(model).__name__} changes logits after its output head in a way that is not supported "
-            f"(largest difference {gap:.3g} at logits up to {scale:.3g}); its log-probabilities would be wrong"
-        )

@@ -3,12 +3,17 @@ waiting for it in their next collective."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from cppo_lightning.errors import RolloutError
+from cppo_lightning.interrupts import INTERRUPTS, Interrupted
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 T = TypeVar("T")
 
@@ -41,25 +46,75 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     return box[0]
 
 
+def data_share(trainer: Trainer) -> tuple[int, int]:
+    """This rank's number among those that take problems of their own, and how many these are.
+
+    Ranks that hold parts of one layer work on the same problems, and the strategy knows which do.
+    """
+    share = getattr(trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
+    return share["rank"], share["num_replicas"]
+
+
 class AllRanksError(RolloutError):
     """A failure of some rank that every rank raises, at the same place."""
+
+
+class AllRanksInterrupted(Interrupted):
+    """A signal that some rank received, which every rank raises, at the same place."""
 
 
 def on_all_ranks(make: Callable[[], T]) -> T:
     """What ``make`` returns on this rank, once it has returned on all; every rank must call this.
 
+    Without other ranks, signals end ``make`` at once.  With others they do so where ``make`` says ``INTERRUPTS.at_once``, since
+    it may be in the middle of a collective elsewhere.
+
     Raises:
         AllRanksError: on every rank, with all messages, if ``make`` raises on any.  A process without others raises its own.
+        AllRanksInterrupted: on every rank, if a signal ended ``make`` on any.
     """
     if not torch.distributed.is_initialized():
-        return make()
+        with INTERRUPTS.at_once():
+            return make()
     rank, failure = torch.distributed.get_rank(), None
     try:
         made = [make()]
-    except Exception as error:  # raised below, once the others know
+    except (Exception, Interrupted) as error:  # raised below, once the others know
         made, failure = [], error
-    found: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, None if failure is None else f"rank {rank}: {failure}")
-    if messages := [message for message in found if message is not None]:
+    mine = failure.received if isinstance(failure, Interrupted) else None if failure is None else f"rank {rank}: {failure}"
+    found: list[signal.Signals | str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    for received in found:
+        if isinstance(received, signal.Signals):
+            raise AllRanksInterrupted(received) from failure
+    if messages := [message for message in found if isinstance(message, str)]:
         raise AllRanksError("; ".join(messages)) from failure
     return made[0]
+
+
+def check_signals(device: torch.device) -> None:
+    """Raise on every rank if any has received a signal; every rank must call this, where nothing is half done.
+
+    Args:
+        device: where the process group reduces tensors.
+
+    Raises:
+        Interrupted: this process, without others, has received one.
+        AllRanksInterrupted: some rank has.
+    """
+    if not torch.distributed.is_initialized():
+        INTERRUPTS.check()
+        return
+    received = torch.tensor(INTERRUPTS.received or 0, device=device)
+    torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+    if int(received):
+        raise AllRanksInterrupted(signal.Signals(int(received)))
+
+
+def on_rank_zero(value: T) -> list[T] | None:
+    """Every rank's ``value`` by rank, on rank 0 alone; None elsewhere.  Every rank must call this."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found: list[Any] | None = [None] * torch.distributed.get_world_size() if is_rank_zero() else None
+    torch.distributed.gather_object(value, found)
+    return found

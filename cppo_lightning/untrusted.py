@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -10,38 +11,90 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from cppo_lightning.errors import ConfigError
 
 # what Lightning looks up when the run starts, in place of a path
 _NAMES = ("best", "last", "hpc", "registry")
+META = "meta.pt"  # in a sharded checkpoint, which is a folder: what is not in shards (Lightning's name)
+UNFINISHED = ".unfinished"
 _KEYS = {"state_dict", "pytorch-lightning_version"}  # of every checkpoint that a Trainer saves
 
 
 class WeightsOnly(_WrappingCheckpointIO):
     """Reads checkpoints as tensors and plain values, whatever is asked of it: unpickling anything else can run any code.
 
-    Lightning by itself unpickles what it downloads from a URL.
+    Lightning by itself unpickles what it downloads from a URL, and writes a checkpoint twice: whole in memory, then to a
+    temporary folder, which is perhaps on another disk and left full by a kill.
     """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write beside ``path`` and rename: what has the name is whole, at any moment and whatever is killed."""
+        if type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(path):
+            write_whole(checkpoint, Path(path))
+        else:
+            super().save_checkpoint(checkpoint, path, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Raises :class:`ConfigError` for a file that is no checkpoint, or holds other objects."""
+        if Path(path).is_dir():
+            raise ConfigError(
+                f"ckpt_path: {str(path)!r} is a sharded checkpoint, which FSDP2 reads on any number of ranks, one included; "
+                "add --config configs/strategy/fsdp2.yaml"
+            )
         with refusing(path):
             return _checked(path, super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True}))
 
 
-def check_checkpoint(path: str) -> None:
-    """Raise :class:`ConfigError` if the file ``path`` is missing, no checkpoint, or holds more than tensors and plain values.
+def write_whole(value: Any, path: Path) -> None:
+    """``torch.save`` to a file that has its name only when all of it is on the disk.
 
-    Tensors are not read.  URLs, folders and names such as ``last`` are left to :class:`WeightsOnly`.
+    A run that is killed meanwhile leaves a hidden file, which the next call for this folder removes: no two runs share one.
     """
-    if path.partition(":")[0] in _NAMES or "://" in path or Path(path).is_dir():
-        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".*{UNFINISHED}"):
+        if left.is_file():
+            left.unlink()
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    names_to_disk(path.parent)
+
+
+def names_to_disk(folder: Path) -> None:
+    """Return when the names in ``folder`` are on the disk, as ``fsync`` has a file's content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_checkpoint(path: str) -> dict[str, Any]:
+    """What the checkpoint ``path`` holds, tensors without their values.
+
+    The shards in a folder, which are safetensors, are not read.  URLs and names such as ``last`` are left to
+    :class:`WeightsOnly`, and empty here.
+
+    Raises:
+        ConfigError: the file is missing, no checkpoint, or holds more than tensors and plain values.
+    """
+    if path.partition(":")[0] in _NAMES or "://" in path:
+        return {}
+    if Path(path).is_dir():
+        path = str(Path(path, META))
     with refusing(path), open(path, "rb") as file:
         if not zipfile.is_zipfile(file):  # only in this format can tensors be left unread
             raise EOFError("not a file of torch.save")
-        _checked(path, torch.load(path, map_location="meta", weights_only=True, mmap=True))
+        return _checked(path, torch.load(path, map_location="meta", weights_only=True, mmap=True))
 
 
 @contextmanager

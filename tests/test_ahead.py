@@ -260,8 +260,8 @@ def test_a_run_whose_rollouts_fail_goes_on_where_it_was(
     notes, found, data = run(tiny_model_path, tmp_path, bound, resume=saved)
     assert notes.ids == expected.ids[rollout - 1 :], "no problem lost, none twice"
     assert [step for step, _ in notes.versions] == list(range(done, 8))
-    assert data.rollouts is not None
-    assert data.rollouts.position == 16
+    assert data.progress is not None
+    assert data.progress.rollouts.position == 16
     if bound == 0:
         assert notes.losses == expected.losses[done:]
         assert same(found, expected_weights)
@@ -270,7 +270,7 @@ def test_a_run_whose_rollouts_fail_goes_on_where_it_was(
         assert ages[:4] == [0, 1, 2, 3]
 
 
-def test_a_checkpoint_does_not_count_the_rollout_ahead(ahead: Run, tiny_model_path: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_rollout_ahead_and_does_not_count_it(ahead: Run, tiny_model_path: Path, tmp_path: Path) -> None:
     class Saving(Callback):
         def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
             trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
@@ -278,9 +278,13 @@ def test_a_checkpoint_does_not_count_the_rollout_ahead(ahead: Run, tiny_model_pa
     run(tiny_model_path, tmp_path, 1, callbacks=[Saving()])
     saved = torch.load(tmp_path / "1.ckpt", weights_only=True)
     assert saved["RolloutDataModule"]["prompt_position"] == 8
-    notes, _, _ = run(tiny_model_path, tmp_path, 1, resume=tmp_path / "1.ckpt")
+    notes, found, _ = run(tiny_model_path, tmp_path, 1, resume=tmp_path / "1.ckpt")
     assert notes.ids == ahead[0].ids[2:]
-    assert notes.versions == [(4, [4]), (5, [4]), (6, [4]), (7, [4])]
+    assert notes.versions == [(4, [2]), (5, [2]), (6, [4]), (7, [4])]
+    assert same(found, ahead[1])
+    in_turn, _, _ = run(tiny_model_path, tmp_path, 0, resume=tmp_path / "1.ckpt")
+    assert in_turn.ids == ahead[0].ids[2:]
+    assert in_turn.versions == [(4, [4]), (5, [4]), (6, [6]), (7, [6])], "without staleness it is drawn again"
 
 
 def test_other_errors_than_rollouts_are_not_saved(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -15,17 +15,19 @@ ROOT = "cppo_lightning"
 
 # A module imports from columns to its left only, or from its own package.
 ORDER = (
-    {"errors"},
-    {"batch", "untrusted", "ranks"},
-    {"divergences", "advantages", "losses", "logprobs", "theory", "small_models"},
+    {"errors", "interrupts"},
+    {"batch", "untrusted", "ranks", "rank_watch", "resume"},
+    {"divergences", "advantages", "losses", "logprobs", "lora", "model_card", "theory", "small_models"},
+    {"policy_config"},
     {"trust_regions", "verifiers", "policy", "metrics"},
-    {"mismatch"},
+    {"mismatch", "strategies"},
     {"prompts"},
     {"engines"},
     {"rollout"},
     {"module", "datamodule"},
     {"replay"},
-    {"callbacks"},
+    {"callbacks", "export", "resume_traces"},
+    {"resume_check"},
     {"cli"},
     {"__main__", "__init__"},
 )

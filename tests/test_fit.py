@@ -324,8 +324,8 @@ def test_a_run_resumes_on_its_own_problems_only(tiny_model_path: Path, tmp_path:
         resume()
     other = resume(allow_other_data=True)
     assert other.fingerprint != first.fingerprint
-    assert other.rollouts is not None
-    assert other.rollouts.position == 8, "one rollout of four problems before, one after"
+    assert other.progress is not None
+    assert other.progress.rollouts.position == 8, "one rollout of four problems before, one after"
 
 
 def test_learning_rate_schedules_move_with_the_steps(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -451,8 +451,8 @@ def test_refills_fill_the_minibatches_and_a_run_with_them_resumes(tiny_model_pat
     make_trainer(tmp_path, [batches], rollouts=3).fit(whole, datamodule=refilling)
     refilling.close()
     assert [len(batch) for batch in batches.seen] == [4] * 6
-    assert refilling.rollouts is not None
-    assert refilling.rollouts.position == 12
+    assert refilling.progress is not None
+    assert refilling.progress.rollouts.position == 12
     assert refilling.rollout is not None
     assert len(refilling.rollout.groups()) > 4, "a run without a refill tests nothing"
     half = make_module(tiny_model_path)

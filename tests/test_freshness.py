@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.callbacks import AnchorGuard, WeightSyncCanary
@@ -359,16 +358,10 @@ def test_staleness_is_a_hard_bound(tiny_model_path: Path) -> None:
 class Rescored(RolloutDataModule):
     """Puts the trainer's own log-probabilities in the place of mu, as a trainer that recomputes them would."""
 
-    def train_dataloader(self) -> DataLoader[RolloutBatch]:
-        loader = super().train_dataloader()
-        stream: Any = loader.dataset
-
-        def rescore(batch: RolloutBatch) -> RolloutBatch:
-            scored = self._trained().recompute(batch).old_logp  # type: ignore[attr-defined]
-            return replace(batch, rollout_logp=scored)
-
-        stream.recompute = rescore
-        return loader
+    def on_before_batch_transfer(self, batch: RolloutBatch, dataloader_idx: int) -> RolloutBatch:
+        scored = self._trained().recompute(batch).old_logp
+        assert scored is not None
+        return replace(batch, rollout_logp=scored)
 
 
 def rescored(path: Path) -> RolloutDataModule:

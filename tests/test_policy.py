@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.policy import Policy, PolicyConfig
+from cppo_lightning.policy import Policy
+from cppo_lightning.policy_config import PolicyConfig
 from tests.test_batch import make_batch
 
 
@@ -90,6 +91,7 @@ def small(config_class: type, model_class: type, **settings: object) -> torch.nn
 )
 def test_heads_with_a_soft_cap_or_a_scale(model: object) -> None:
     policy = Policy(model())  # type: ignore[operator]
+    policy.check_head()
     batch = replace(make_batch([3], [6], k=0))
     batch = replace(batch, prompt_ids=batch.prompt_ids % 80, response_ids=batch.response_ids % 80)
     full = from_logits(policy.model, batch, 0, 0.8)
@@ -102,7 +104,7 @@ def test_a_head_that_is_not_understood_is_refused(tiny_model_path: Path) -> None
     original = model.lm_head.forward
     model.lm_head.forward = lambda h: original(h) * 1.5
     with pytest.raises(ConfigError, match="changes logits after its output head"):
-        Policy(model)
+        Policy(model).check_head()
 
 
 def test_named_weights_are_the_models_own(tiny_model_path: Path) -> None:

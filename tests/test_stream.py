@@ -11,6 +11,7 @@ from cppo_lightning.advantages import GroupRelative
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.engines.engine import Completion, Sampling
 from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.mismatch import RecomputedBatch
 from cppo_lightning.prompts.prompt_order import PromptOrder
 from cppo_lightning.rollout.collate import collate
 from cppo_lightning.rollout.sampler import Rollout, Sample
@@ -84,16 +85,21 @@ def test_long_responses_lose_reward_before_the_advantages_are_computed() -> None
 def test_every_minibatch_is_recomputed_before_the_first_is_yielded() -> None:
     seen: list[list[int]] = []
 
-    def recompute(batch: RolloutBatch) -> RolloutBatch:
+    def recompute(batch: RolloutBatch) -> RecomputedBatch:
         seen.append(batch.group.tolist())
-        return batch
+        return RecomputedBatch(**vars(batch), old_logp=batch.rollout_logp - 1 * batch.response_mask)
 
     rollout = make_rollout([[0, 1], [1, 0], [0, 1], [1, 1]])
     stream = iter(RolloutStream(lambda: rollout, GroupRelative(), updates=4, top_k=0, pad_id=0, recompute=recompute))
-    assert next(stream).group.tolist() == [0, 0]
+    first = next(stream)
+    assert first.group.tolist() == [0, 0]
+    assert isinstance(first, RecomputedBatch)
+    torch.testing.assert_close(first.old_logp, first.rollout_logp - 1 * first.response_mask, rtol=0, atol=0)
     # empty minibatches too: on other ranks they may not be empty, and all take part in collectives
     assert seen == [[0, 0], [1, 1], [2, 2], []]
-    assert [len(batch) for batch in stream] == [2, 2, 0]
+    rest = list(stream)
+    assert [len(batch) for batch in rest] == [2, 2, 0]
+    assert all(isinstance(batch, RecomputedBatch) for batch in rest)
 
 
 def refill_of(spread: list[list[int]], groups: int, max_refills: int) -> tuple[list[tuple[int, int]], Rollout]:

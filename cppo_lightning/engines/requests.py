@@ -12,7 +12,7 @@ from cppo_lightning.errors import ConfigError, RolloutError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
     from cppo_lightning.engines.engine import Completion, OnCompletion, Sampling
 
@@ -31,18 +31,25 @@ def read_config(model: str) -> PretrainedConfig:
         raise ConfigError(f"model {model!r} should be a folder or hub id of a Hugging Face causal LM: {error}") from error
 
 
+def generation_config(model: str, config: PretrainedConfig) -> GenerationConfig:
+    """What ``model`` comes with, else what follows from its ``config``."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:  # a folder without generation_config.json is in order
+        return GenerationConfig.from_model_config(config)
+
+
 def eos_token_ids(model: str, config: PretrainedConfig) -> list[int]:
     """Every token that ends a response: those of the generation config (else of the config) and the tokenizer's.
 
     Raises:
         ConfigError: the model has no tokenizer, or no such token.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
-    try:
-        generation = GenerationConfig.from_pretrained(model)
-    except OSError:  # a folder without generation_config.json is in order
-        generation = GenerationConfig.from_model_config(config)
+    generation = generation_config(model, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cppo_lightning.interrupts import INTERRUPTS
 from cppo_lightning.ranks import on_all_ranks
 from cppo_lightning.rollout.background import Background
 from cppo_lightning.rollout.stream import refilled
@@ -24,8 +25,8 @@ class TrainingRollouts:
     With ``plan.max_staleness`` 1, all but the first are drawn in a thread while the one before is trained on, with the weights
     that its training began with.  When a thread is done changes nothing, so a run is as reproducible as without.
 
-    ``position`` counts the problems handed out, those of all ranks, and is all the state there is.  It moves when a rollout is
-    there and handed out: what fails, or was drawn ahead and never trained on, is drawn again by a run that is resumed.
+    ``position`` counts the problems handed out, those of all ranks, and with the rollout that is ready it is all the state
+    there is.  It moves when a rollout is there and handed out: one that fails is drawn again by a run that is resumed.
 
     Args:
         order: the problems.
@@ -55,7 +56,7 @@ class TrainingRollouts:
         self._sync = sync
         self._sample = sample
         self._seed = seed
-        self._ahead: Background[Rollout] | None = None
+        self._ahead: tuple[int, Background[Rollout]] | None = None  # the position that it is drawn for
 
     def next(self, another: bool) -> Rollout:
         """The next rollout; every rank must call it.
@@ -73,11 +74,28 @@ class TrainingRollouts:
     def wait(self) -> None:
         """Return once the engine is free: nothing is being drawn."""
         if self._ahead is not None:
-            self._ahead.wait()
+            self._ahead[1].wait()
+
+    def ready(self, seconds: float | None = None) -> Rollout | None:
+        """The rollout that ``next`` would hand out without drawing; None where there is none.
+
+        Args:
+            seconds: how long to wait for one that is being drawn; None until it is there or has failed.
+        """
+        if self._ahead is None or self._ahead[0] != self.position:
+            return None
+        return self._ahead[1].outcome(seconds)
+
+    def restore(self, position: int, ready: Rollout | None) -> None:
+        """Go on where a run with this ``position`` and this rollout ``ready`` ended; without staleness it is drawn again."""
+        self.stop()
+        self.position = position
+        if ready is not None and self._plan.max_staleness:
+            self._ahead = position, Background(lambda: ready, name="rollout restored")
 
     def stop(self) -> None:
         """End what is being drawn ahead, which takes seconds at most, and forget it."""
-        if self._ahead is not None and self._ahead.stop(_STOP_SECONDS):
+        if self._ahead is not None and self._ahead[1].stop(_STOP_SECONDS):
             self._ahead = None
 
     def _next(self, another: bool) -> Rollout:
@@ -85,12 +103,13 @@ class TrainingRollouts:
             self._sync()
             rollout = self._draw(self.position)
         else:
-            rollout = self._ahead.result()
+            with INTERRUPTS.at_once():
+                rollout = self._ahead[1].result()
             self._ahead = None
         if another and self._plan.max_staleness:
             self._sync()  # not in the thread: the policy's weights stand still here alone
             following = self.position + self._plan.prompts
-            self._ahead = Background(lambda: self._draw(following), name="rollout ahead")
+            self._ahead = following, Background(lambda: self._draw(following), name="rollout ahead")
         return rollout
 
     def _draw(self, start: int) -> Rollout:

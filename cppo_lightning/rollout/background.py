@@ -32,6 +32,11 @@ class Background(Generic[T]):
         """What the call returns, or raises; waits for it."""
         return self._future.result()
 
+    def outcome(self, seconds: float | None) -> T | None:
+        """What the call returned; None if it has not ended ``seconds`` from now (None: waits for it), or has raised."""
+        wait([self._future], seconds)
+        return self._future.result() if self._future.done() and self._future.exception() is None else None
+
     def stop(self, seconds: float) -> bool:
         """Raise ``SystemExit`` in the call, as Ctrl-C raises in the main thread: at its next Python instruction.
 

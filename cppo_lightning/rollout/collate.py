@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cppo_lightning.batch import RolloutBatch
+from cppo_lightning.mismatch import RecomputedBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def collate(
-    samples: Sequence[Sample], advantages: Sequence[float], groups: Sequence[int], version: int, top_k: int, pad_id: int
+    samples: Sequence[Sample],
+    advantages: Sequence[float],
+    groups: Sequence[int],
+    version: int,
+    top_k: int,
+    pad_id: int,
+    recomputed: bool = False,
 ) -> RolloutBatch:
     """Stack samples (possibly none) into one CPU batch: prompts padded left, responses right.
 
-    ``top_k`` is the K of the batch's top-K tensors; 0 leaves them out.
+    ``top_k`` is the K of the batch's top-K tensors; 0 leaves them out.  ``recomputed`` says that samples carry ``old_logp``.
     """
     prompts = [torch.tensor(s.prompt_ids) for s in samples]
     completions = [s.completion for s in samples]
@@ -34,7 +41,7 @@ def collate(
             _pad_right([_rows(c.topk_ids, top_k) for c in completions], width, (top_k,), torch.int64),
             _pad_right([_rows(c.topk_logp, top_k) for c in completions], width, (top_k,), torch.float32),
         )
-    return RolloutBatch(
+    batch = RolloutBatch(
         prompt_ids=_pad_right([p.flip(0) for p in prompts], prompt_width, (), torch.int64, pad_id).flip(-1),
         prompt_mask=(torch.arange(prompt_width) < prompt_lengths[:, None]).flip(-1),
         response_ids=_pad_right([c.ids for c in completions], width, (), torch.int64, pad_id),
@@ -47,11 +54,18 @@ def collate(
         topk_ids=None if topk is None else topk[0],
         topk_rollout_logp=None if topk is None else topk[1],
     )
+    if not recomputed:
+        return batch
+    old = [s.old_logp for s in samples if s.old_logp is not None]
+    if len(old) < len(samples):
+        raise ValueError(f"{len(samples) - len(old)} of {len(samples)} samples were not recomputed")
+    return RecomputedBatch(**vars(batch), old_logp=_pad_right(old, width, (), torch.float32))
 
 
 def _rows(values: Tensor | None, top_k: int) -> Tensor:
-    if values is None:
-        raise ValueError(f"the engine returned no top-K log-probabilities, but {top_k} were asked for")
+    found = 0 if values is None else values.shape[1]
+    if values is None or found < top_k:
+        raise ValueError(f"a sample has the log-probabilities of the top {found} tokens, but {top_k} were asked for")
     return values[:, :top_k]
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch.utils.data import IterableDataset
-
 from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.prompts.prompt_source import PromptSource
@@ -39,25 +37,35 @@ class Evaluation:
                 raise ConfigError(f"data.evaluation.{name} must be at least 1, got {getattr(self, name)}")
 
 
-class EvaluationStream(IterableDataset[Rollout]):
-    """Judged samples of an evaluation's problems, ``batch_prompts`` problems at a time.
+class EvaluationStream:
+    """Judged samples of a rank's part of an evaluation's problems, ``batch_prompts`` problems at a time.
+
+    Every rank gives as many rollouts, the last ones without samples where its part is smaller: each takes part in collectives,
+    and Lightning passes over a loader without any.
 
     Args:
-        problems: this rank's.
+        problems: of all ranks.
         batch_prompts: problems per rollout.
-        sample: samples and judges some of them, given the place of the first.
+        ranks: this rank's number, and how many there are.
+        sample: samples and judges some problems, possibly none, given the place of the first.
     """
 
     def __init__(
-        self, problems: Sequence[Problem], batch_prompts: int, sample: Callable[[Sequence[Problem], int], Rollout]
+        self,
+        problems: Sequence[Problem],
+        batch_prompts: int,
+        ranks: tuple[int, int],
+        sample: Callable[[Sequence[Problem], int], Rollout],
     ) -> None:
-        self.problems = problems
+        rank, count = ranks
+        self.problems = problems[rank::count]
+        self.most = len(problems[::count])  # that any rank has
         self.batch_prompts = batch_prompts
         self.sample = sample
 
     def __len__(self) -> int:
-        return -(-len(self.problems) // self.batch_prompts)
+        return -(-self.most // self.batch_prompts)
 
     def __iter__(self) -> Iterator[Rollout]:
-        for place in range(0, len(self.problems), self.batch_prompts):
+        for place in range(0, self.most, self.batch_prompts):
             yield self.sample(self.problems[place : place + self.batch_prompts], place)

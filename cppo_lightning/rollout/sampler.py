@@ -11,11 +11,13 @@ import torch
 
 from cppo_lightning.engines.engine import Completion, RolloutEngine, Sampling
 from cppo_lightning.errors import RolloutError
+from cppo_lightning.interrupts import INTERRUPTS
 from cppo_lightning.verifiers.base import Problem, Verdict
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from cppo_lightning.prompts import PromptTemplate
@@ -31,6 +33,7 @@ class Sample:
     completion: Completion
     text: str  # the response, decoded without special tokens
     verdict: Verdict
+    old_logp: Tensor | None = None  # [t] float32, log pi_old by the trainer, where its ratios start there
 
     def row(self) -> dict[str, Any]:
         """What there is to read of it, ready for JSON."""
@@ -98,13 +101,14 @@ class Sampler:
 
         started = time.perf_counter()
         try:
-            completions = self.engine.generate(prompts, n, sampling, top_logprobs, seed, on_completion=judge)
-            sampled = time.perf_counter()
-            self._check(completions, handed_out, [problem.id for problem in problems for _ in range(n)])
-            samples = [
-                Sample(problems[place // n], prompts[place // n], completion, texts[place], verdicts[place].result())
-                for place, completion in enumerate(completions)
-            ]
+            with INTERRUPTS.at_once():
+                completions = self.engine.generate(prompts, n, sampling, top_logprobs, seed, on_completion=judge)
+                sampled = time.perf_counter()
+                self._check(completions, handed_out, [problem.id for problem in problems for _ in range(n)])
+                samples = [
+                    Sample(problems[place // n], prompts[place // n], completion, texts[place], verdicts[place].result())
+                    for place, completion in enumerate(completions)
+                ]
         except BaseException:
             for verdict in verdicts.values():
                 verdict.cancel()  # else the next rollout waits behind what nobody reads

@@ -44,6 +44,19 @@ def check_settings(plan: RolloutPlan, sampling: Sampling, overlong: Overlong | N
         )
 
 
+def check_same_data(saved: str, fingerprint: str, allow_other_data: bool) -> None:
+    """Compare a checkpoint's problems with those at hand.
+
+    Raises:
+        ConfigError: they are others, which nobody has allowed.
+    """
+    if saved != fingerprint and not allow_other_data:
+        raise ConfigError(
+            f"the checkpoint was trained on problems with the fingerprint {saved}, these have {fingerprint}: restore "
+            "data.prompts, data.template and what drops problems, or set data.allow_other_data: true to go on with these"
+        )
+
+
 def check_training(plan: RolloutPlan, ranks: int, anchor: Anchor) -> None:
     """What shows when there are ranks and a module.
 

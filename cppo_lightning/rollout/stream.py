@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import IterableDataset
 
 from cppo_lightning.advantages import AdvantageEstimator, has_spread
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.resume import set_generator_states
 from cppo_lightning.rollout.collate import collate
+from cppo_lightning.rollout.saved import Hand
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cppo_lightning.mismatch import RecomputedBatch
     from cppo_lightning.rollout.sampler import Rollout
     from cppo_lightning.verifiers.overlong import Overlong
 
@@ -63,15 +65,16 @@ class RolloutPlan:
             )
 
 
-class RolloutStream(IterableDataset[RolloutBatch]):
-    """Each pass takes one rollout and yields its minibatches, ``len(stream)`` of them.
+class RolloutStream:
+    """Each pass takes one rollout and yields its ``len(stream)`` minibatches, or those that are left of a restored one.
 
     Groups whose rewards are all equal are skipped; the rest is dealt evenly to the updates.  When fewer groups are left than
     updates, the last minibatches are empty and no step is taken on them.  What counts is the verifier's rewards, before
     ``overlong`` is added, as in DAPO's dynamic sampling: a group that is all wrong is not trained on for its lengths alone.
 
-    The true length matters: Lightning prefetches one batch of a dataset without ``__len__``, and a prefetched rollout
-    comes from weights that are one step old.
+    Lightning takes it as it is: a ``DataLoader`` around it would draw from torch's global generator at each pass.  The true
+    length matters: without ``__len__`` one batch is prefetched, and a prefetched rollout comes from weights that are one step
+    old.
 
     Args:
         draw: gives the next rollout, judged.
@@ -81,7 +84,10 @@ class RolloutStream(IterableDataset[RolloutBatch]):
         pad_id: token id that fills padding.
         overlong: added to the rewards before advantages are computed; None for nothing.
         recompute: applied to every minibatch before the first is yielded, while the weights are still those that sampled; None
-            leaves them as they are and collates each when it is needed.
+            leaves them as they are.
+
+    Attributes:
+        hand: what the running pass yields, or the last one did; None before the first and while a rollout is drawn.
     """
 
     def __init__(
@@ -92,7 +98,7 @@ class RolloutStream(IterableDataset[RolloutBatch]):
         top_k: int,
         pad_id: int,
         overlong: Overlong | None = None,
-        recompute: Callable[[RolloutBatch], RolloutBatch] | None = None,
+        recompute: Callable[[RolloutBatch], RecomputedBatch] | None = None,
     ) -> None:
         self.draw = draw
         self.advantages = advantages
@@ -101,30 +107,73 @@ class RolloutStream(IterableDataset[RolloutBatch]):
         self.pad_id = pad_id
         self.overlong = overlong
         self.recompute = recompute
+        self.hand: Hand | None = None
+        self._restored = False  # whether the next pass begins with the hand
+        self._generators: dict[str, Any] | None = None  # what it begins with
 
     def __len__(self) -> int:
         return self.updates
 
-    def __iter__(self) -> Iterator[RolloutBatch]:
-        batches = self._minibatches(self.draw())
-        yield from batches if self.recompute is None else [self.recompute(batch) for batch in batches]
+    def restore(self, hand: Hand | None, generators: dict[str, Any] | None) -> None:
+        """Begin the next pass with a hand's first update that has not been taken, or with a rollout if there is no hand.
 
-    def _minibatches(self, rollout: Rollout) -> Iterator[RolloutBatch]:
+        Args:
+            hand: the rollout that was being trained on.
+            generators: states of the random generators that the pass begins with, whatever is drawn until then.
+
+        Raises:
+            ConfigError: the hand was dealt to another number of updates.
+        """
+        if hand is not None and len(hand.shares) != self.updates:
+            raise ConfigError(
+                f"the checkpoint holds the rest of a rollout of {len(hand.shares)} updates, and data.plan.updates is "
+                f"{self.updates}: go on with {len(hand.shares)}, or from a checkpoint between two rollouts"
+            )
+        self.hand, self._restored, self._generators = hand, hand is not None, generators
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        if self._generators is not None:
+            set_generator_states(self._generators)
+            self._generators = None
+        if not self._restored:
+            self.hand = None  # should drawing fail, nothing is in hand
+            self.hand = self._deal(self.draw())
+        hand, self._restored = self.hand, False
+        assert hand is not None
+        for share in hand.shares[hand.trained :]:
+            yield self._minibatch(hand, share, recomputed=self.recompute is not None)
+
+    def _deal(self, rollout: Rollout) -> Hand:
         groups, rewards = rollout.groups(), reward_table(rollout)
         kept = has_spread(rewards).nonzero().flatten()
         if self.overlong is not None:
             rewards = rewards + torch.tensor([[self.overlong(len(s.completion.ids)) for s in group] for group in groups])
-        advantages = self.advantages(rewards)
-        for share in kept.tensor_split(self.updates):
-            rows = [(i, j) for i in share.tolist() for j in range(rollout.n)]
-            yield collate(
-                [groups[i][j] for i, j in rows],
-                [float(advantages[i, j]) for i, j in rows],
-                [i for i, _ in rows],
-                version=rollout.version,
-                top_k=self.top_k,
-                pad_id=self.pad_id,
-            )
+        shares = [share.tolist() for share in kept.tensor_split(self.updates)]
+        hand = Hand(rollout, self.advantages(rewards), shares)
+        return hand if self.recompute is None else self._recomputed(hand, self.recompute)
+
+    def _recomputed(self, hand: Hand, recompute: Callable[[RolloutBatch], RecomputedBatch]) -> Hand:
+        """The hand with log pi_old on every sample that is trained on."""
+        samples = list(hand.rollout.samples)
+        for share in hand.shares:
+            old_logp = recompute(self._minibatch(hand, share, recomputed=False)).old_logp
+            assert old_logp is not None
+            places = [i * hand.rollout.n + j for i in share for j in range(hand.rollout.n)]
+            for place, row in zip(places, old_logp, strict=True):
+                samples[place] = replace(samples[place], old_logp=row[: len(samples[place].completion.ids)])
+        return replace(hand, rollout=replace(hand.rollout, samples=samples))
+
+    def _minibatch(self, hand: Hand, share: list[int], recomputed: bool) -> RolloutBatch:
+        groups, n = hand.rollout.groups(), hand.rollout.n
+        return collate(
+            [sample for i in share for sample in groups[i]],
+            hand.advantages[share].flatten().tolist(),
+            [i for i in share for _ in range(n)],
+            version=hand.rollout.version,
+            top_k=self.top_k,
+            pad_id=self.pad_id,
+            recomputed=recomputed,
+        )
 
 
 def reward_table(rollout: Rollout) -> Tensor:

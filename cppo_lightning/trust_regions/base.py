@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cppo_lightning.batch import Gate, TokenStats
@@ -34,6 +35,13 @@ class TrustRegion(ABC):
         PPO-style clips were defined that way; trust regions on a divergence from mu lose what they bound.
         """
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a strategy that keeps something from step to step needs to go on: tensors and plain values, of rank 0."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
 
     @abstractmethod
     def __call__(self, stats: TokenStats) -> Gate:

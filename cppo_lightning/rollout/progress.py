@@ -1,0 +1,60 @@
+"""Where a run is in its problems and rollouts, of all ranks, for its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cppo_lightning.ranks import on_rank_zero
+from cppo_lightning.resume import generator_states
+from cppo_lightning.rollout.saved import Unfinished, for_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cppo_lightning.rollout.ahead import TrainingRollouts
+    from cppo_lightning.rollout.stream import RolloutStream
+
+
+class Progress:
+    """Position in the problems, rollouts that have been sampled and not been trained on, and random generators.
+
+    Args:
+        rollouts: draws them.
+        stream: cuts them into minibatches.
+        share: this rank's number among those with problems of their own, and how many these are.
+    """
+
+    def __init__(self, rollouts: TrainingRollouts, stream: RolloutStream, share: tuple[int, int]) -> None:
+        self.rollouts = rollouts
+        self.stream = stream
+        self.share = share
+
+    def state_dict(self, trained: int | None, seconds: float | None) -> dict[str, Any]:
+        """Tensors and plain values; ``ranks`` is None but on rank 0.  Every rank must call it.
+
+        Args:
+            trained: updates that have been taken on the stream's rollout; None if it has none left.
+            seconds: how long to wait for a rollout that is being drawn ahead; None until it is there.
+        """
+        hand = self.stream.hand
+        mine = Unfinished(
+            hand=None if hand is None or trained is None else replace(hand, trained=trained),
+            ahead=self.rollouts.ready(seconds),
+            generators=generator_states(),
+        )
+        number, _ = self.share
+        parts = on_rank_zero((number, mine.state_dict()))
+        # ranks with the same problems hold the same
+        ranks = None if parts is None else [part for _, part in sorted(dict(parts).items())]
+        return {"prompt_position": self.rollouts.position, "ranks": ranks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave on rank 0, on any number of ranks.
+
+        Raises:
+            ConfigError: it is in the middle of a rollout with another number of updates.
+        """
+        mine = for_rank([Unfinished.from_state(part) for part in state["ranks"]], *self.share)
+        self.rollouts.restore(state["prompt_position"], mine.ahead)
+        self.stream.restore(mine.hand, mine.generators)
