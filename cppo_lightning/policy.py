@@ -53,7 +53,8 @@ class Policy(nn.Module):
         """
         from transformers import AutoModelForCausalLM
 
-        policy = cls._with(AutoModelForCausalLM.from_pretrained(config.path, **config.arguments()), config)
+        model = AutoModelForCausalLM.from_pretrained(config.path, trust_remote_code=False, **config.arguments())
+        policy = cls._with(model, config)
         policy.check_head()
         return policy
 
@@ -63,7 +64,7 @@ class Policy(nn.Module):
         from transformers import AutoModelForCausalLM
 
         with _parameters_on_meta():
-            return cls._with(AutoModelForCausalLM.from_config(**config.arguments()), config)
+            return cls._with(AutoModelForCausalLM.from_config(trust_remote_code=False, **config.arguments()), config)
 
     @classmethod
     def _with(cls, model: PreTrainedModel, config: PolicyConfig) -> Policy:

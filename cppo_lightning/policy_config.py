@@ -51,7 +51,6 @@ class PolicyConfig:
             "config": architecture,
             "dtype": getattr(torch, self.dtype),
             "attn_implementation": self.attn_implementation,
-            "trust_remote_code": False,
         }
 
 

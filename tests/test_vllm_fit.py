@@ -275,12 +275,12 @@ def engines(server: dict[str, Any]) -> list[RolloutEngine]:
 def facts(model: Path, folder: Path, engine: RolloutEngine, **more: Any) -> dict[str, Any]:
     """What a run was trained on, as one rank sees it."""
     watch, (notes, found, data) = watched(model, folder, 2, engine, module_settings=SLOWLY, plan=plan(0, samples=16), **more)
-    assert data.rollouts is not None
+    assert data.progress is not None
     return {
         "ids": notes.ids,
         "versions": notes.versions,
         "responses": [len(rollout) for rollout in watch.rollouts],
-        "position": data.rollouts.position,
+        "position": data.progress.rollouts.position,
         "weights": found,
     }
 
