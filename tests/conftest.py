@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 # Before torch or tokenizers start their thread pools: rank and worker tests start several processes on few cores.
@@ -19,6 +20,8 @@ from cppo_lightning.errors import ConfigError
 REPOSITORY = Path(__file__).parents[1]
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# a shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

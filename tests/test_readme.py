@@ -64,6 +64,8 @@ DATA = [
     f"{more}--data.prompts.init_args.path problems.jsonl"
     for more in ("", "--config answer_and_form.yaml ")
 ]
+RANKS = "python -m cppo_lightning fit --config configs/debug.yaml --config configs/strategy/fsdp2.yaml --trainer.devices 2"
+RESUME_CHECK = "python -m cppo_lightning resume-check --config configs/debug.yaml --kills 2"
 CLUSTER = (
     "python -m cppo_lightning fit --config configs/base.yaml --config configs/trust_region/cppo.yaml --config cluster.yaml"
 )
@@ -102,7 +104,7 @@ def resolved(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict
 
 
 def test_every_command_is_tested() -> None:
-    assert sorted(COMMANDS) == sorted([*BY_MAKE_N, TENSORBOARD, *RUN, *DATA, CLUSTER])
+    assert sorted(COMMANDS) == sorted([*BY_MAKE_N, TENSORBOARD, *RUN, *DATA, CLUSTER, RANKS, RESUME_CHECK])
 
 
 def test_every_block_is_tested() -> None:
@@ -164,6 +166,14 @@ def test_trust_regions_change_with_one_more_config(command: str, folder: Path) -
     (saved,) = folder.glob("runs/debug/*/config.yaml")
     last = yaml.safe_load((folder / shlex.split(command)[-1]).read_text())
     assert contains(yaml.safe_load(saved.read_text()), last)
+
+
+@pytest.mark.slow
+def test_ranks_and_a_run_that_is_killed(folder: Path) -> None:
+    done = run(RANKS, folder)
+    assert "rollout 3/3 | step" in done.stdout + done.stderr
+    done = run(RESUME_CHECK, folder)
+    assert "25 of 25" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
