@@ -1,7 +1,7 @@
 # Everything goes into .venv; a stamp file per installation, so that nothing is done twice, and a second run needs no network.
 #
 #   make quickstart     installs, then teaches a small language model one-digit sums with CPPO
-#   make test           installs the development tools (and vLLM where there is a CPU build), then runs every test
+#   make test           installs the development tools (and vLLM where there is a CPU build), then runs the tests
 #   make help           the rest
 #
 # pip is called as it is: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_CACHE_DIR and the like work.  With PyTorch's index of
@@ -24,7 +24,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # pyright's wrapper asks for newer versions of itself otherwise, and `make lint` has to work offline.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help quickstart quickstart-vllm debug install install-dev install-vllm test lint format clean
+.PHONY: help quickstart quickstart-vllm debug install install-dev install-vllm test soak lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -34,7 +34,8 @@ help:
 	@echo "make debug            a tiny random model through the whole loop, in seconds"
 	@echo "make install          .venv with everything that the quickstart needs"
 	@echo "make install-vllm     vLLM's CPU build besides (Linux, x86-64 or aarch64)"
-	@echo "make test             every test; options for pytest in PYTEST_ARGS"
+	@echo "make test             the tests; options for pytest in PYTEST_ARGS"
+	@echo "make soak             those that take minutes each, which CI runs too"
 	@echo "make lint             ruff and pyright;  make format  puts the code into form"
 	@echo "make clean            delete .venv, models and builds (runs are kept)"
 
@@ -48,7 +49,10 @@ debug: $(DONE)/install $(TINY)
 	$(BIN)/python -m cppo_lightning fit --config configs/debug.yaml
 
 test: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm) $(SMOLLM2)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+
+soak: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm) $(SMOLLM2)
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 # with vLLM's types where there is a build of it: pyright reads the engine's calls too
 lint: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm)

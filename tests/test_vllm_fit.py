@@ -228,7 +228,7 @@ def test_bound_0_is_the_synchronous_run(stand_in: None, tiny_model_path: Path, t
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.soak
 def test_vllm_killed_five_times(elsewhere: dict[str, Any], tiny_model_path: Path, tmp_path: Path) -> None:
     """The run without kills has a server of its own."""
     engine = Killed(moments(KILLS, seed=0), seed=0, max_model_len=CONTEXT)
