@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 
-from cppo_lightning.batch import Gate, RolloutBatch, TokenStats, micro_batches
+from cppo_lightning.batch import RolloutBatch, TokenStats, micro_batches
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals, policy_gradient_loss, surrogate_value
 from cppo_lightning.metrics import log_metrics
@@ -25,6 +25,7 @@ from cppo_lightning.mismatch import (
     decoupled_gate,
     numbered,
 )
+from cppo_lightning.observers import GateObserver, NonFiniteObserver, observers
 from cppo_lightning.policy import Policy, ResponseLogProbs
 from cppo_lightning.policy_config import PolicyConfig, check_precision
 from cppo_lightning.ranks import data_share
@@ -38,35 +39,11 @@ from cppo_lightning.verifiers.base import Outcome
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lightning.pytorch import Trainer
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
     from cppo_lightning.rollout.stream import RolloutPlan
-
-
-@runtime_checkable
-class GateObserver(Protocol):
-    """A callback that wants to see every gate."""
-
-    def on_gate(self, trainer: Trainer, pl_module: RLVRModule, stats: TokenStats, gate: Gate) -> None:
-        """Runs once per micro-batch, after the trust region decided and before the backward pass."""
-        ...
-
-
-@runtime_checkable
-class NonFiniteObserver(Protocol):
-    """A callback that wants to see the minibatches on which no step could be taken."""
-
-    def on_nonfinite_step(self, trainer: Trainer, pl_module: RLVRModule, batch: RolloutBatch, terms: Tensor) -> None:
-        """Runs on every rank in place of an optimizer step whose loss or gradient is not finite, while the gradients are there.
-
-        Args:
-            batch: this rank's part of the minibatch.
-            terms: its shares ``[2]`` of surrogate and reference KL.
-        """
-        ...
 
 
 class RLVRModule(LightningModule):
@@ -236,9 +213,8 @@ class RLVRModule(LightningModule):
             f"step {self.global_step}: the loss or the gradient is not finite (norm {float(grad_norm)}); no step was taken, "
             "and the weights are unchanged"
         )
-        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, NonFiniteObserver):
-                callback.on_nonfinite_step(self.trainer, self, batch, terms)
+        for observer in observers(self.trainer, NonFiniteObserver):
+            observer.on_nonfinite_step(self.trainer, self, batch, terms)
         self._optimizer().zero_grad()
 
     def _accumulate(self, batch: RolloutBatch, totals: Totals) -> Tensor:
@@ -249,7 +225,8 @@ class RLVRModule(LightningModule):
             gate = self.trust_region(stats)
         else:
             gate = decoupled_gate(self.trust_region, stats, batch, self.mismatch)
-        self._show(stats, gate)
+        for observer in observers(self.trainer, GateObserver):
+            observer.on_gate(self.trainer, self, stats, gate)
         coefficients = self.aggregation.coefficients(stats.mask, totals)
         loss = policy_gradient_loss(output.logp, stats.advantages, gate, coefficients)
         reference_kl = loss.new_zeros(())
@@ -275,11 +252,6 @@ class RLVRModule(LightningModule):
             topk_rollout_logp=batch.topk_rollout_logp,
             topk_logp=output.topk_logp,
         )
-
-    def _show(self, stats: TokenStats, gate: Gate) -> None:
-        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, GateObserver):
-                callback.on_gate(self.trainer, self, stats, gate)
 
     def _micro_batches(self, batch: RolloutBatch) -> list[RolloutBatch]:
         """This rank's micro-batches, filled up with blank ones to the longest rank's count: collectives must match."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch or tokenizers start their thread pools: rank and worker tests start several processes on few cores.
@@ -40,6 +41,21 @@ def smollm2_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return small_models.smollm2(tmp_path_factory.mktemp("models") / "SmolLM2-135M-Instruct")
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher() -> Iterator[None]:
+    """Lightning tells the processes that a strategy starts who they are through this one's environment, and leaves it there."""
+    before = {name: os.environ.get(name) for name in LAUNCHERS}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ ROOT = "cppo_lightning"
 ORDER = (
     {"errors", "interrupts"},
     {"batch", "untrusted", "ranks", "rank_watch", "resume"},
-    {"divergences", "advantages", "losses", "logprobs", "lora", "model_card", "theory", "small_models"},
+    {"divergences", "observers", "advantages", "losses", "logprobs", "lora", "model_card", "theory", "small_models"},
     {"policy_config"},
     {"trust_regions", "verifiers", "policy", "metrics"},
     {"mismatch", "strategies"},

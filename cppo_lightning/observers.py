@@ -1,0 +1,41 @@
+"""What a callback may have the module show it: gates as they are made, and minibatches on which no step was taken."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+
+    from cppo_lightning.batch import Gate, RolloutBatch, TokenStats
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class GateObserver(Protocol):
+    """A callback that wants to see every gate."""
+
+    def on_gate(self, trainer: Trainer, pl_module: LightningModule, stats: TokenStats, gate: Gate) -> None:
+        """Runs once per micro-batch, after the trust region decided and before the backward pass."""
+        ...
+
+
+@runtime_checkable
+class NonFiniteObserver(Protocol):
+    """A callback that wants to see the minibatches on which no step could be taken."""
+
+    def on_nonfinite_step(self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, terms: Tensor) -> None:
+        """Runs on every rank in place of an optimizer step whose loss or gradient is not finite, while the gradients are there.
+
+        Args:
+            batch: this rank's part of the minibatch.
+            terms: its shares ``[2]`` of surrogate and reference KL.
+        """
+        ...
+
+
+def observers(trainer: Trainer, kind: type[T]) -> list[T]:
+    """The trainer's callbacks that are of this kind."""
+    return [callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, kind)]
