@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +34,7 @@ DESCRIPTION = {
     "weight_transfer": None,
 }
 state: dict[str, Any] = {"label": "default", "weights": {}, "description": DESCRIPTION, "key": os.environ.get("VLLM_API_KEY")}
+counting = threading.Lock()
 
 
 def stand_in(patch: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -50,8 +52,9 @@ def logp(token: np.ndarray) -> np.ndarray:
 
 def stick(phase: str) -> None:
     """Never returns, nor at any later request, if it is time for that."""
-    state[phase] = state.get(phase, 0) + 1
-    if Path("stuck").exists() and Path("stuck").read_text() == f"{phase} {state[phase]}":
+    with counting:  # of requests that come at once, each has a number of its own
+        number = state[phase] = state.get(phase, 0) + 1
+    if Path("stuck").exists() and Path("stuck").read_text() == f"{phase} {number}":
         Path("began").touch()
     while Path("began").exists():
         time.sleep(0.1)
