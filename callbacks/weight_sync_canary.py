@@ -121,7 +121,7 @@ def as_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
     """Completions that nobody judges as a batch to score: their rewards and advantages are 0."""
     problem, verdict = Problem("canary", (), ""), Verdict(Outcome.UNPARSEABLE, 0.0)
     rows = [Sample(problem, list(p), c, "", verdict) for p, c in zip(prompts, completions, strict=True)]
-    return collate(rows, [0.0] * len(rows), range(len(rows)), version, top_k, pad_id=0)
+    return collate(rows, [0.0] * len(rows), range(len(rows)), 1, version, top_k, pad_id=0)
 
 
 def dtype_of(engine: RolloutEngine) -> str:

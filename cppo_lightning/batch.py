@@ -36,6 +36,7 @@ class RolloutBatch:
     policy_version: Tensor  # [B] int64
     topk_ids: Tensor | None = None  # [B, T, K] int64, the K most likely tokens under mu
     topk_rollout_logp: Tensor | None = None  # [B, T, K] float32
+    sample: Tensor | None = None  # [B] int64, each row's place in this rank's ``Rollout.samples``
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -88,6 +89,7 @@ class TokenStats:
     topk_ids: Tensor | None = None  # [B, T, K] int64, top-K of mu
     topk_rollout_logp: Tensor | None = None  # [B, T, K] log mu at topk_ids
     topk_logp: Tensor | None = None  # [B, T, K] log pi at topk_ids
+    sample: Tensor | None = None  # [B] int64, for observers: each row's place in this rank's ``Rollout.samples``
 
     @property
     def ratio(self) -> Tensor:

@@ -251,6 +251,7 @@ class RLVRModule(LightningModule):
             topk_ids=batch.topk_ids,
             topk_rollout_logp=batch.topk_rollout_logp,
             topk_logp=output.topk_logp,
+            sample=batch.sample,
         )
 
     def _micro_batches(self, batch: RolloutBatch) -> list[RolloutBatch]:

@@ -35,7 +35,7 @@ def make_rollout(rewards: list[list[float]], version: int = 5) -> Rollout:
 
 def test_collate_pads_prompts_left_and_responses_right() -> None:
     rollout = make_rollout([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    batch = collate(rollout.samples, [0.5, -0.5] * 3, [0, 0, 1, 1, 2, 2], version=5, top_k=2, pad_id=99)
+    batch = collate(rollout.samples, [0.5, -0.5] * 3, [0, 1, 2, 3, 8, 9], n=2, version=5, top_k=2, pad_id=99)
     assert batch.prompt_ids.tolist()[::2] == [[99, 99, 1], [99, 1, 2], [1, 2, 3]]
     assert batch.prompt_mask.tolist()[::2] == [[False, False, True], [False, True, True], [True, True, True]]
     for row, sample in enumerate(rollout.samples):
@@ -47,6 +47,8 @@ def test_collate_pads_prompts_left_and_responses_right() -> None:
         assert sample.completion.topk_ids is not None
         assert torch.equal(batch.topk_ids[row, :n], sample.completion.topk_ids)
     assert batch.policy_version.tolist() == [5] * 6
+    assert batch.sample is not None
+    assert (batch.sample.tolist(), batch.group.tolist()) == ([0, 1, 2, 3, 8, 9], [0, 0, 1, 1, 4, 4])
 
 
 def test_groups_without_spread_are_skipped_and_the_rest_dealt_evenly() -> None:
@@ -55,6 +57,9 @@ def test_groups_without_spread_are_skipped_and_the_rest_dealt_evenly() -> None:
     batches = list(stream)
     assert len(batches) == len(stream) == 2
     assert [b.group.tolist() for b in batches] == [[1, 1, 3, 3, 4, 4], [5, 5, 7, 7]]
+    for batch in batches:
+        assert batch.sample is not None
+        assert torch.equal(batch.response_ids[:, 0], torch.stack([rollout.samples[i].completion.ids[0] for i in batch.sample]))
     # two rewards 0 and 1: mean 1/2, unbiased std 1/sqrt(2)
     torch.testing.assert_close(batches[0].advantages, torch.tensor([-1, 1, 1, -1, -1, 1]) * 0.5**0.5, rtol=1e-5, atol=0)
     assert batches[0].topk_ids is None

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def collate(
     samples: Sequence[Sample],
     advantages: Sequence[float],
-    groups: Sequence[int],
+    places: Sequence[int],
+    n: int,
     version: int,
     top_k: int,
     pad_id: int,
@@ -27,7 +28,7 @@ def collate(
 ) -> RolloutBatch:
     """Stack samples (possibly none) into one CPU batch: prompts padded left, responses right.
 
-    ``top_k`` is the K of the batch's top-K tensors; 0 leaves them out.  ``recomputed`` says that samples carry ``old_logp``.
+    ``places`` are those of the samples in their rollout, which has ``n`` for each problem.  ``top_k`` is the K of the batch's top-K tensors; 0 leaves them out.  ``recomputed`` says that samples carry ``old_logp``.
     """
     prompts = [torch.tensor(s.prompt_ids) for s in samples]
     completions = [s.completion for s in samples]
@@ -49,10 +50,11 @@ def collate(
         rollout_logp=_pad_right([c.logp for c in completions], width, (), torch.float32),
         advantages=torch.tensor(list(advantages), dtype=torch.float32),
         rewards=torch.tensor([s.verdict.reward for s in samples], dtype=torch.float32),
-        group=torch.tensor(list(groups), dtype=torch.int64),
+        group=torch.tensor([place // n for place in places], dtype=torch.int64),
         policy_version=torch.full((len(samples),), version, dtype=torch.int64),
         topk_ids=None if topk is None else topk[0],
         topk_rollout_logp=None if topk is None else topk[1],
+        sample=torch.tensor(list(places), dtype=torch.int64),
     )
     if not recomputed:
         return batch

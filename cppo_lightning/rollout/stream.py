@@ -158,22 +158,28 @@ class RolloutStream:
         for share in hand.shares:
             old_logp = recompute(self._minibatch(hand, share, recomputed=False)).old_logp
             assert old_logp is not None
-            places = [i * hand.rollout.n + j for i in share for j in range(hand.rollout.n)]
-            for place, row in zip(places, old_logp, strict=True):
+            for place, row in zip(_places(hand, share), old_logp, strict=True):
                 samples[place] = replace(samples[place], old_logp=row[: len(samples[place].completion.ids)])
         return replace(hand, rollout=replace(hand.rollout, samples=samples))
 
     def _minibatch(self, hand: Hand, share: list[int], recomputed: bool) -> RolloutBatch:
-        groups, n = hand.rollout.groups(), hand.rollout.n
+        places = _places(hand, share)
         return collate(
-            [sample for i in share for sample in groups[i]],
+            [hand.rollout.samples[place] for place in places],
             hand.advantages[share].flatten().tolist(),
-            [i for i in share for _ in range(n)],
+            places,
+            hand.rollout.n,
             version=hand.rollout.version,
             top_k=self.top_k,
             pad_id=self.pad_id,
             recomputed=recomputed,
         )
+
+
+def _places(hand: Hand, share: list[int]) -> list[int]:
+    """Places in the rollout of the samples of some of its groups."""
+    n = hand.rollout.n
+    return [i * n + j for i in share for j in range(n)]
 
 
 def reward_table(rollout: Rollout) -> Tensor:
