@@ -22,6 +22,7 @@ def make_batch(prompts: list[int], responses: list[int], k: int = 3, seed: int =
         policy_version=torch.full((b,), 7),
         topk_ids=torch.randint(200, (b, t, k), generator=g) if k else None,
         topk_rollout_logp=-torch.rand(b, t, k, generator=g) if k else None,
+        sample=torch.arange(b),
     )
 
 
