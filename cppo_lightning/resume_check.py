@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.resume_traces import LOGS, Comparison, Record, compare, seconds_of_training, updates
+from cppo_lightning.resume_traces import LOGS, Comparison, Record, compare, seconds_of_updates, updates
 
 _FIT = (sys.executable, "-m", "cppo_lightning", "fit")
 _POLL = 0.005  # seconds
@@ -75,7 +75,7 @@ class Runs:
 
         Args:
             name: the run.
-            update: its numbers of rollout and update.
+            update: its numbers of rollout and update; one that has a checkpoint does not begin again, but a later one does.
             seconds: after its beginning.
 
         Raises:
@@ -84,7 +84,7 @@ class Runs:
         known = len(updates(self.folder / name))
         process = self.start(name)
         try:
-            while update not in updates(self.folder / name)[known:] and process.poll() is None:
+            while not any(begun >= update for begun in updates(self.folder / name)[known:]) and process.poll() is None:
                 time.sleep(_POLL)
             end = time.monotonic() + seconds
             while time.monotonic() < end and process.poll() is None:
@@ -127,7 +127,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def check(runs: Runs, kills: int, seed: int) -> list[Comparison]:
     """Run once undisturbed and once with kills, and print how they compare.
 
-    A moment is an update, any but the last, and up to the time that one takes after its beginning, sampling included.
+    A moment is in an update, any but the last, or in the rollout that is drawn after it.
 
     Raises:
         ConfigError: there is one update alone.
@@ -135,13 +135,13 @@ def check(runs: Runs, kills: int, seed: int) -> list[Comparison]:
     """
     console = Console()
     runs.finish("left_alone")
-    places, whole = updates(runs.folder / "left_alone"), seconds_of_training(runs.folder / "left_alone")
-    console.print(f"left alone, it takes {len(places)} updates in {whole:.1f} s")
+    places, taken = updates(runs.folder / "left_alone"), seconds_of_updates(runs.folder / "left_alone")
+    console.print(f"left alone, it takes {len(places)} updates in {sum(taken):.1f} s after the first rollout is drawn")
     if len(places) < 2:
         raise ConfigError("resume-check needs a run of at least two updates: raise trainer.max_epochs")
     generator = random.Random(seed)
     for number, moment in enumerate(sorted(generator.uniform(0, len(places) - 1) for _ in range(kills)), 1):
-        place, seconds = places[int(moment)], moment % 1 * whole / len(places)
+        place, seconds = places[int(moment)], moment % 1 * taken[int(moment)]
         where = f"{seconds:.2f} s after the beginning of update {place[1] + 1} of rollout {place[0] + 1}"
         if not runs.kill("killed", place, seconds):
             raise RolloutError(f"the run was over before kill {number} of {kills}, {where}; try longer rollouts")

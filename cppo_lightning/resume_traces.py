@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -109,10 +110,10 @@ def updates(folder: Path) -> list[tuple[int, int]]:
     return [(line["rollout"], line["update"]) for line in found if line["event"] == "update"]
 
 
-def seconds_of_training(folder: Path) -> float:
-    """How long the training of a run took, from its last beginning to its end."""
-    times = {line["event"]: line["time"] for line in _lines(folder / "0.jsonl")}
-    return times["ended"] - times["began"]
+def seconds_of_updates(folder: Path) -> list[float]:
+    """From the beginning of each update of a run that was left alone to that of the next, or to the end of training."""
+    times = [line["time"] for line in _lines(folder / "0.jsonl") if line["event"] in ("update", "ended")]
+    return [after - before for before, after in pairwise(times)]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

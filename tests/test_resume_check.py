@@ -99,3 +99,28 @@ def test_a_run_is_killed_and_goes_on(
     assert events[-1] == "ended"
     assert len(list((tmp_path / "runs" / "killed" / "logs").glob("events*"))) == 2
     assert not (tmp_path / "runs" / "debug").exists(), "the config's own logger"
+
+
+@pytest.mark.vllm
+@pytest.mark.soak
+def test_vllm_twelve_kills_lose_and_repeat_nothing(
+    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The debug config with vLLM in process, killed in the middle of updates and of rollouts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny_model_path)
+    engine = ["--data.engine=cppo_lightning.rollout.VLLMEngine", "--data.engine.max_model_len=256"]
+    # slow enough that rewards go on varying, since a rollout of equal ones is not trained on
+    longer = ["--trainer.max_epochs=8", "--model.optimizer.init_args.lr=1e-4"]
+    with pytest.raises(SystemExit):  # as rounding decides, which may depend on what vLLM samples at once
+        main(["resume-check", "--config", DEBUG, *engine, *longer, "--kills=12", "--folder=runs"])
+    out = capsys.readouterr().out
+    assert "kill 12 of 12" in out
+    found = {row.what: row for row in compare(tmp_path / "runs" / "left_alone", tmp_path / "runs" / "killed")}
+    assert found["problems by update"].first == ""
+    assert found["problems by update"].total == 16
+    responses = found["responses by update"]
+    assert responses.total == 16
+    assert responses.equal > 8, "little but rounding may differ"
