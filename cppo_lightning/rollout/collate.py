@@ -28,7 +28,8 @@ def collate(
 ) -> RolloutBatch:
     """Stack samples (possibly none) into one CPU batch: prompts padded left, responses right.
 
-    ``places`` are those of the samples in their rollout, which has ``n`` for each problem.  ``top_k`` is the K of the batch's top-K tensors; 0 leaves them out.  ``recomputed`` says that samples carry ``old_logp``.
+    ``places`` are those of the samples in their rollout, which has ``n`` for each problem.  ``top_k`` is the K of the batch's
+    top-K tensors; 0 leaves them out.  ``recomputed`` says that samples carry ``old_logp``.
     """
     prompts = [torch.tensor(s.prompt_ids) for s in samples]
     completions = [s.completion for s in samples]
