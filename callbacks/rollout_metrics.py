@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from cppo_lightning.callbacks.reporting import over_ranks, rollout_data
 from cppo_lightning.metrics import WeightedMeans, drain, log_metrics
+from cppo_lightning.ranks import data_share
 from cppo_lightning.verifiers.base import Outcome
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class RolloutMetrics(Callback):
             return
         self._ages.clear()
         rollout = rollout_data(trainer, type(self).__name__).rollout
-        totals = {} if rollout is None else _totals(rollout, trainer.world_size) | _by_name(rollout)
+        totals = {} if rollout is None else _totals(rollout, data_share(trainer)[1]) | _by_name(rollout)
         # which parts and sets there are shows only in the samples, and ranks may have seen different ones
         others = over_ranks(name for name in totals if name not in NAMES)
         means = WeightedMeans([f"rollout/{name}" for name in (*NAMES, *others)])
@@ -87,7 +88,7 @@ class RolloutMetrics(Callback):
             log_metrics(trainer, ages, step=trainer.global_step - 1)
 
 
-def _totals(rollout: Rollout, world_size: int) -> dict[str, tuple[float, float]]:
+def _totals(rollout: Rollout, rollouts: int) -> dict[str, tuple[float, float]]:
     samples, groups = rollout.samples, rollout.groups()
     outcomes = [sample.verdict.outcome for sample in samples]
     rewards = [[sample.verdict.reward for sample in group] for group in groups]
@@ -97,8 +98,8 @@ def _totals(rollout: Rollout, world_size: int) -> dict[str, tuple[float, float]]
         "response_length": (rollout.num_tokens, len(samples)),
         "truncated_share": (sum(not sample.completion.finished for sample in samples), len(samples)),
         "zero_spread_share": (sum(max(group) == min(group) for group in rewards), len(groups)),
-        # all ranks' tokens over the mean rank's seconds
-        "tokens_per_second": (rollout.num_tokens, rollout.seconds_sampling / world_size),
+        # the tokens of all rollouts over the mean rank's seconds
+        "tokens_per_second": (rollout.num_tokens, rollout.seconds_sampling / rollouts),
         "seconds_sampling": (rollout.seconds_sampling, 1),
         "seconds_verifying": (rollout.seconds_verifying, 1),
     }

@@ -14,6 +14,7 @@ from cppo_lightning.engines.checksums import checksums
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.metrics import log_metrics
 from cppo_lightning.mismatch import GapBounds, coarsest
+from cppo_lightning.ranks import with_same_batch
 from cppo_lightning.rollout.collate import collate
 from cppo_lightning.rollout.sampler import Sample
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
@@ -101,7 +102,9 @@ class WeightSyncCanary(Callback):
         data.sync_weights()  # hands over nothing new, but waits for a rollout that is drawn ahead
         prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.prompts]
         completions = engine.generate(prompts, 1, replace(data.sampling, max_tokens=self.max_tokens), seed=0)
-        gaps = _gaps(module, as_batch(prompts, completions, engine.version))
+        # ranks that compute each layer together have to score the same tokens
+        found = [pair for pairs in with_same_batch(trainer, (prompts, completions)) for pair in zip(*pairs, strict=True)]
+        gaps = _gaps(module, as_batch([p for p, _ in found], [c for _, c in found], engine.version))
         worst = torch.stack([gaps.mean(), gaps.max()]).nan_to_num(torch.inf).to(module.device)
         mean, largest = trainer.strategy.reduce(worst, reduce_op="max").tolist()
         different = over_ranks(_differing(module, engine))

@@ -131,7 +131,8 @@ def _fill(policy: Policy, checkpoint: Path) -> None:
         shapes = {name: tensor.shape for name, tensor in whole.items()} | (_shard_shapes(checkpoint) if sharded else {})
     theirs = {name: shape for name, shape in shapes.items() if name.startswith(_OURS)}
     wrong = [name for name, shape in theirs.items() if name not in ours or ours[name].shape != shape]
-    if wrong or (wrong := [name for name, tensor in ours.items() if tensor.requires_grad and name not in theirs]):
+    trained = [f"{_OURS}{name}" for name, parameter in policy.named_parameters() if parameter.requires_grad]  # tied ones once
+    if wrong or (wrong := [name for name in trained if name not in theirs]):
         raise ConfigError(
             f"checkpoint {str(checkpoint)!r} is of another model than the configuration's model.policy, by {wrong[0]} for one"
         )

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,6 +75,22 @@ class LoRA:
         if ".lora_A." in name:
             return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
         return values.normal_(generator=generator) if ".lora_embedding_B." in name else values
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside are those of ``model`` as it was before :meth:`LoRA.add_to`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
+    # peft's own switch freezes the adapters meanwhile, behind the back of what shards them
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def added_by_adapters(layer: Any, owner: str) -> Iterator[Tensor]:

@@ -152,13 +152,19 @@ def output_head(model: PreTrainedModel, temperature: float = 1.0) -> Head:
         raise ConfigError(
             f"{type(model).__name__} has no output embedding; model.policy.path must hold a causal language model"
         )
+    bias = getattr(output, "bias", None)
     return Head(
-        weight=output.weight,
-        bias=getattr(output, "bias", None),
+        weight=_gathered(output.weight),
+        bias=None if bias is None else _gathered(bias),
         temperature=temperature,
         soft_cap=getattr(config, "final_logit_softcapping", None),
         scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
     )
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A parameter of which ranks of one tensor-parallel group hold parts, whole; its gradient goes back to the parts."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 # parts of parameters' names that torch.compile, activation checkpointing and peft put in
@@ -178,7 +184,7 @@ def _whole(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     if owner != name:
         for delta in added_by_adapters(model.get_submodule(owner), owner):
             value = value + delta
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return _gathered(value)
 
 
 def _check_tied(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from cppo_lightning.interrupts import INTERRUPTS, Interrupted
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -46,13 +47,45 @@ def from_rank_zero(make: Callable[[], T]) -> T:
     return box[0]
 
 
-def data_share(trainer: Trainer) -> tuple[int, int]:
-    """This rank's number among those that take problems of their own, and how many these are.
+def sampling_share(trainer: Trainer) -> tuple[int, int]:
+    """This rank's number among those that sample problems of their own, and how many these are: all, each with its engine."""
+    return trainer.global_rank, trainer.world_size
 
-    Ranks that hold parts of one layer work on the same problems, and the strategy knows which do.
+
+def data_share(trainer: Trainer) -> tuple[int, int]:
+    """This rank's number among those that train on batches of their own, and how many these are.
+
+    Ranks that hold parts of one layer train on the same batch, and the strategy knows which do.
     """
     share = getattr(trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
     return share["rank"], share["num_replicas"]
+
+
+def data_sum(trainer: Trainer, values: Tensor) -> Tensor:
+    """Sum of ``values`` over ranks, in which each batch counts once; every rank must call this.
+
+    Args:
+        values: the same on all ranks that train on the same batch.
+    """
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    group = None if mesh is None else mesh["data_parallel"].get_group()
+    return trainer.strategy.reduce(values, group=group, reduce_op="sum")
+
+
+def with_same_batch(trainer: Trainer, mine: T) -> list[T]:
+    """What each rank that trains on this one's batch brings, in the same order on all of them; each must call this."""
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    if mesh is None or mesh["tensor_parallel"].size() == 1:
+        return [mine]
+    found: list[Any] = [None] * mesh["tensor_parallel"].size()
+    torch.distributed.all_gather_object(found, mine, mesh["tensor_parallel"].get_group())
+    return found
+
+
+def leads_batch(trainer: Trainer) -> bool:
+    """Whether this rank is the first of those that train on its batch: it writes what is to be there once."""
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    return mesh is None or mesh["tensor_parallel"].get_local_rank() == 0
 
 
 class AllRanksError(RolloutError):

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -39,17 +39,19 @@ class WeightsOnly(_WrappingCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Raises :class:`ConfigError` for a file that is no checkpoint, or holds other objects."""
-        if Path(path).is_dir():
-            raise ConfigError(
-                f"ckpt_path: {str(path)!r} is a sharded checkpoint, which FSDP2 reads on any number of ranks, one included; "
-                "add --config configs/strategy/fsdp2.yaml"
-            )
         with refusing(path):
             return _checked(path, super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True}))
 
 
 def write_whole(value: Any, path: Path) -> None:
-    """``torch.save`` to a file that has its name only when all of it is on the disk.
+    """``torch.save`` to a :func:`whole_file`."""
+    with whole_file(path) as file:
+        torch.save(value, file)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which has its name only when all of it is on the disk.
 
     A run that is killed meanwhile leaves a hidden file, which the next call for this folder removes: no two runs share one.
     """
@@ -60,7 +62,7 @@ def write_whole(value: Any, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
-            torch.save(value, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)

@@ -253,7 +253,7 @@ def test_a_sharded_checkpoint(lora: LoRA | None, run: Path, tiny_model_path: Pat
     for layer in policy.model.model.layers:
         fully_shard(layer)
     fully_shard(policy)
-    sharded_checkpoint.save(saved(policy), tmp_path / "step=7.ckpt")
+    sharded_checkpoint.save(saved(policy), tmp_path / "step=7.ckpt", policy)
     config = run_file(run, tmp_path / "config.yaml", None if lora is None else vars(lora))
     export(tmp_path / "step=7.ckpt", tmp_path / "out", config)
     found = weights(tmp_path / "out")

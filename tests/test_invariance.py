@@ -208,6 +208,14 @@ def hybrid() -> FSDP2:
     return FSDP2(replicas=2)
 
 
+def tensor_parallel() -> FSDP2:
+    return FSDP2(tensor_parallel_size=2)
+
+
+def hybrid_tensor_parallel() -> FSDP2:
+    return FSDP2(replicas=2, tensor_parallel_size=2)
+
+
 def ddp() -> str:
     return "ddp"
 
@@ -226,6 +234,9 @@ CASES = [
     *(Case(4, strategy, tokens, order=1) for strategy in (ddp, FSDP2) for tokens in (256, 4096)),
     Case(4, FSDP2, 512, order=2, parts=(3, 0, 2, 1)),
     Case(4, hybrid, 512),
+    Case(2, tensor_parallel, 512, order=6),
+    Case(4, tensor_parallel, 256, order=7, padding=2, parts=(4, 2), aggregation="seq-mean-token-mean"),
+    Case(4, hybrid_tensor_parallel, 512),
 ]
 
 

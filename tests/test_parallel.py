@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.cli import main
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.lora import LoRA
+from cppo_lightning.export import _fill
+from cppo_lightning.lora import LoRA, without_adapters
 from cppo_lightning.losses import ReferenceKL
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import Policy
@@ -39,6 +40,7 @@ from tests.test_untrusted import Trap
 
 pytestmark = pytest.mark.slow
 UPDATES = 4
+Strategy = Callable[[], Any]
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 
 
@@ -192,7 +194,10 @@ def test_lora_trains_adapters_and_leaves_the_rest(tiny_model_path: Path, tmp_pat
     initial = dict(Policy.load(PolicyConfig(str(tiny_model_path))).named_weights())
     adapted = [tensor.shape for name, tensor in initial.items() if "q_proj" in name or "down_proj" in name]
     assert two["trained"] == sum(4 * (rows + columns) for rows, columns in adapted)
-    assert_close(two["reference"], initial, 0, 0)
+    assert not two["reference"], "it is the model without its adapters"
+    assert two["metrics"]["train/reference_kl"] > 1e-4
+    for tag, value in one["metrics"].items():
+        assert two["metrics"][tag] == pytest.approx(value, rel=1e-4, abs=1e-6) or "second" in tag, tag
     assert_close(two["weights"], one["weights"], 1e-5, 1e-5)
     changed = {name for name, tensor in two["weights"].items() if not torch.equal(tensor, initial[name])}
     assert changed == {name for name in initial if "q_proj" in name or "down_proj" in name}
@@ -242,18 +247,18 @@ def test_replicas_must_divide_ranks(tiny_model_path: Path, tmp_path: Path) -> No
 # --- checkpoints
 
 
-def half_of(model: str, ranks: int, folder: str, settings: dict[str, Any]) -> dict[str, Tensor]:
+def half_of(model: str, ranks: int, folder: str, settings: dict[str, Any], strategy: Strategy = FSDP2) -> dict[str, Tensor]:
     """Train half of the epochs, save, and go on to the end."""
     module = make(model, **settings)
-    fit(module, ranks, folder, epochs=1).save_checkpoint(f"{folder}/half.ckpt")
+    fit(module, ranks, folder, epochs=1, strategy=strategy()).save_checkpoint(f"{folder}/half.ckpt")
     whole = make(model, **settings)
-    fit(whole, ranks, folder)
+    fit(whole, ranks, folder, strategy=strategy())
     return weights(whole)
 
 
-def resumed(model: str, ranks: int, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+def resumed(model: str, ranks: int, folder: str, settings: dict[str, Any], strategy: Strategy = FSDP2) -> dict[str, Any]:
     module = make(model, **settings)
-    trainer = fit(module, ranks, folder, resume=f"{folder}/half.ckpt")
+    trainer = fit(module, ranks, folder, resume=f"{folder}/half.ckpt", strategy=strategy())
     rate = trainer.optimizers[0].param_groups[0]["lr"]
     return {"weights": weights(module), "step": trainer.global_step, "rate": rate}
 
@@ -276,6 +281,64 @@ def test_a_checkpoint_of_two_ranks_resumes_on_others(
         assert rank["rate"] == pytest.approx(1e-3 * 0.8**UPDATES)
         tolerance = 0 if ranks == 2 else 1e-5
         assert_close(rank["weights"], whole, tolerance, tolerance)
+
+
+def ddp() -> str:
+    return "ddp"
+
+
+def test_a_checkpoint_in_shards_resumes_without(half: tuple[Path, dict[str, Tensor]], tiny_model_path: Path) -> None:
+    checkpoint, whole = half
+    for found in on_ranks(2, resumed, str(tiny_model_path), 2, str(checkpoint.parent), {}, ddp):
+        assert found["step"] == UPDATES
+        assert_close(found["weights"], whole, 1e-5, 1e-5)
+
+
+def single() -> str:
+    return "auto"
+
+
+def test_tied_embeddings_are_in_a_checkpoint_once(tiny_model_path: Path, tmp_path: Path) -> None:
+    model = other_sizes(tiny_model_path, tmp_path / "tied", tie_word_embeddings=True)
+    whole, _ = on_ranks(2, half_of, model, 2, str(tmp_path), {})
+    held = [name for file in (tmp_path / "half.ckpt").glob("*.safetensors") for name in load_file(file)]
+    assert "state_dict/policy.model.model.embed_tokens.weight" in held
+    assert "state_dict/policy.model.lm_head.weight" not in held
+    for strategy in (single, FSDP2):
+        (found,) = on_ranks(1, resumed, model, 1, str(tmp_path), {}, strategy)
+        assert_close(found["weights"], whole, 1e-5, 1e-5)
+    exported, initial = (Policy.load(PolicyConfig(model)) for _ in range(2))
+    _fill(exported, tmp_path / "half.ckpt")
+    assert exported.model.lm_head.weight is exported.model.model.embed_tokens.weight
+    for (name, ours), (_, before) in zip(exported.named_weights(), initial.named_weights(), strict=True):
+        assert not torch.equal(ours, before), f"{name} was trained"
+
+
+def test_a_checkpoint_in_one_file_resumes_in_shards(tiny_model_path: Path, tmp_path: Path) -> None:
+    (whole,) = on_ranks(1, half_of, str(tiny_model_path), 1, str(tmp_path), {}, single)
+    assert (tmp_path / "half.ckpt").is_file()
+    for found in on_ranks(2, resumed, str(tiny_model_path), 2, str(tmp_path), {}):
+        assert found["step"] == UPDATES
+        assert found["rate"] == pytest.approx(1e-3 * 0.8**UPDATES)
+        assert_close(found["weights"], whole, 1e-5, 1e-5)
+    shallower = other_sizes(tiny_model_path, tmp_path / "shallower", num_hidden_layers=1, layer_types=["full_attention"])
+    on_ranks(1, refused_on_load, shallower, str(tmp_path), "is of another model: it trains 25 parameters, this one 14")
+
+
+@needs_peft
+def test_a_model_without_its_adapters_is_the_one_before(tiny_model_path: Path) -> None:
+    config = PolicyConfig(str(tiny_model_path))
+    base, policy, batch = Policy.load(config), Policy.load(replace(config, lora=LoRA(rank=4))), make_batch([3, 9], [4, 12])
+    adapters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    for parameter in adapters:
+        torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        expected, adapted = base(batch, 1.0).logp, policy(batch, 1.0).logp
+        with without_adapters(policy):
+            assert torch.equal(policy(batch, 1.0).logp, expected)
+        assert torch.equal(policy(batch, 1.0).logp, adapted)
+    assert not torch.allclose(adapted, expected)
+    assert all(parameter.requires_grad for parameter in adapters)
 
 
 @needs_peft
@@ -302,6 +365,12 @@ def test_a_checkpoint_holds_each_trained_tensor_once_and_no_reference(half: tupl
     assert len(held) == 3 * len(sizes), "weights and Adam's two moments"
 
 
+def other_sizes(model: Path, folder: Path, **sizes: Any) -> str:
+    """A random model like ``model`` but for its sizes."""
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
 def refused_on_load(model: str, folder: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fit(make(model), 1, folder, resume=f"{folder}/half.ckpt")
@@ -309,9 +378,9 @@ def refused_on_load(model: str, folder: str, message: str) -> None:
 
 def test_other_checkpoints_are_refused(half: tuple[Path, Any], tiny_model_path: Path, moe_path: Path, tmp_path: Path) -> None:
     model, folder = str(tiny_model_path), shutil.copytree(half[0], tmp_path / "half.ckpt")
-    with pytest.raises(ConfigError, match="is a sharded checkpoint, which FSDP2 reads on any number of ranks"):
-        fit(make(model), 1, str(tmp_path), strategy="auto", resume=str(folder))
     on_ranks(1, refused_on_load, str(moe_path), str(tmp_path), "lacks .* tensors of this run")
+    narrower = other_sizes(tiny_model_path, tmp_path / "narrower", intermediate_size=96)
+    on_ranks(1, refused_on_load, narrower, str(tmp_path), r"another model: .*down_proj\.weight is \[64, 128\], here \[64, 96\]")
     check_checkpoint(str(folder))
     rest = torch.load(folder / META, weights_only=True)
     torch.save({**rest, "extra": Trap(tmp_path / "trapped")}, folder / META)
@@ -323,7 +392,7 @@ def test_other_checkpoints_are_refused(half: tuple[Path, Any], tiny_model_path: 
     on_ranks(1, refused_on_load, model, str(tmp_path), "cannot read the checkpoint")
     shutil.rmtree(folder)
     folder.write_text("weights")
-    on_ranks(1, refused_on_load, model, str(tmp_path), "is one file, of a run that was not sharded")
+    on_ranks(1, refused_on_load, model, str(tmp_path), "holds more than tensors and plain values")
 
 
 def cut_short(model: str, folder: str) -> None:

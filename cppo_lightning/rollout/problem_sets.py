@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Literal
 
 from cppo_lightning.errors import ConfigError
@@ -60,6 +61,7 @@ class ProblemSet:
     bad: str  # why rows are bad, empty if none is
     too_long: int = 0  # problems dropped for the length of their prompts
     overlaps: Sequence[Overlap] = ()  # with the training set
+    prompt_tokens: Sequence[int] = ()  # of each problem, where it is trained on
 
     @property
     def name(self) -> str:
@@ -94,7 +96,8 @@ class ProblemSets:
         longest = self._longest(max_tokens)
         problems, rows = self._read(source)
         lengths = self._lengths(problems)
-        kept = [p for p, length in zip(problems, lengths, strict=True) if longest is None or length <= longest]
+        fits = [longest is None or length <= longest for length in lengths]
+        kept = list(compress(problems, fits))
         if not kept:
             raise ConfigError(
                 f"data.prompts: all {len(problems)} prompts have more than {longest} tokens, the shortest {min(lengths)}; "
@@ -102,7 +105,8 @@ class ProblemSets:
             )
         found = fingerprint(kept, self.sampler.template, source.shares())
         dropped = len(problems) - len(kept)
-        self.training = ProblemSet(["training"], kept, found, rows.counts, rows.summary(), dropped)
+        lengths = list(compress(lengths, fits))
+        self.training = ProblemSet(["training"], kept, found, rows.counts, rows.summary(), dropped, prompt_tokens=lengths)
         self._texts = TrainingTexts(kept)
         self._tell(self.training, longest)
         return self.training

@@ -22,16 +22,22 @@ class Progress:
     Args:
         rollouts: draws them.
         stream: cuts them into minibatches.
-        share: this rank's number among those with problems of their own, and how many these are.
+        sampling: this rank's number among those that sample problems of their own, and how many these are.
+        training: its number among those that train on rollouts of their own, and how many these are.
     """
 
-    def __init__(self, rollouts: TrainingRollouts, stream: RolloutStream, share: tuple[int, int]) -> None:
+    def __init__(
+        self, rollouts: TrainingRollouts, stream: RolloutStream, sampling: tuple[int, int], training: tuple[int, int]
+    ) -> None:
         self.rollouts = rollouts
         self.stream = stream
-        self.share = share
+        self.sampling = sampling
+        self.training = training
 
     def state_dict(self, trained: int | None, seconds: float | None) -> dict[str, Any]:
-        """Tensors and plain values; ``ranks`` is None but on rank 0.  Every rank must call it.
+        """Tensors and plain values; ``ranks``, and which of them are ``leading`` and keep their hands, are None but on rank 0.
+
+        Every rank must call it.
 
         Args:
             trained: updates that have been taken on the stream's rollout; None if it has none left.
@@ -43,11 +49,14 @@ class Progress:
             ahead=self.rollouts.ready(seconds),
             generators=generator_states(),
         )
-        number, _ = self.share
-        parts = on_rank_zero((number, mine.state_dict()))
-        # ranks with the same problems hold the same
-        ranks = None if parts is None else [part for _, part in sorted(dict(parts).items())]
-        return {"prompt_position": self.rollouts.position, "ranks": ranks}
+        found = on_rank_zero((self.training[0], mine.state_dict()))
+        if found is None:
+            return {"prompt_position": self.rollouts.position, "ranks": None, "leading": None}
+        numbers = [number for number, _ in found]
+        leading = [numbers.index(number) for number in sorted(set(numbers))]
+        # ranks that train on the same rollout have the same in hand
+        ranks = [part if rank in leading else {**part, "hand": None} for rank, (_, part) in enumerate(found)]
+        return {"prompt_position": self.rollouts.position, "ranks": ranks, "leading": leading}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave on rank 0, on any number of ranks.
@@ -55,6 +64,8 @@ class Progress:
         Raises:
             ConfigError: it is in the middle of a rollout with another number of updates.
         """
-        mine = for_rank([Unfinished.from_state(part) for part in state["ranks"]], *self.share)
-        self.rollouts.restore(state["prompt_position"], mine.ahead)
-        self.stream.restore(mine.hand, mine.generators)
+        parts = [Unfinished.from_state(part) for part in state["ranks"]]
+        sampled = for_rank(parts, *self.sampling)
+        trained = for_rank([parts[rank] for rank in state["leading"]], *self.training)
+        self.rollouts.restore(state["prompt_position"], sampled.ahead)
+        self.stream.restore(trained.hand, sampled.generators)

@@ -81,13 +81,13 @@ def for_rank(parts: Sequence[Unfinished], rank: int, ranks: int) -> Unfinished:
         )
     ahead = None
     if len(aheads) == len(parts):
-        ahead = _joined(aheads)
+        ahead = joined(aheads)
         ahead = _part(ahead, range(len(ahead.groups()))[rank::ranks])
     return Unfinished(_dealt_anew(hands, rank, ranks) if len(hands) == len(parts) else None, ahead)
 
 
 def _dealt_anew(hands: Sequence[Hand], rank: int, ranks: int) -> Hand:
-    rollout = _joined([hand.rollout for hand in hands])
+    rollout = joined([hand.rollout for hand in hands])
     starts = list(accumulate((len(hand.rollout.groups()) for hand in hands), initial=0))
     updates = range(len(hands[0].shares))
     shares = [[start + g for start, hand in zip(starts, hands, strict=False) for g in hand.shares[u]] for u in updates]
@@ -103,8 +103,14 @@ def _dealt_anew(hands: Sequence[Hand], rank: int, ranks: int) -> Hand:
     )
 
 
-def _joined(rollouts: Sequence[Rollout]) -> Rollout:
-    return replace(rollouts[0], samples=[sample for rollout in rollouts for sample in rollout.samples])
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of several ranks, with the same weights, as one that took the mean of their times."""
+    return replace(
+        rollouts[0],
+        samples=[sample for rollout in rollouts for sample in rollout.samples],
+        seconds_sampling=sum(rollout.seconds_sampling for rollout in rollouts) / len(rollouts),
+        seconds_verifying=sum(rollout.seconds_verifying for rollout in rollouts) / len(rollouts),
+    )
 
 
 def _part(rollout: Rollout, groups: Sequence[int]) -> Rollout:

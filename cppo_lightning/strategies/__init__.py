@@ -1,5 +1,6 @@
 """Strategies of Lightning's Trainer that spread a policy over ranks."""
 
 from cppo_lightning.strategies.fsdp2 import FSDP2
+from cppo_lightning.strategies.sharded_checkpoint import ReadsShards
 
-__all__ = ["FSDP2"]
+__all__ = ["FSDP2", "ReadsShards"]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,17 +28,21 @@ from torch.distributed.tensor import DTensor
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.ranks import from_rank_zero
-from cppo_lightning.untrusted import META, UNFINISHED, names_to_disk, write_whole
+from cppo_lightning.strategies.sharding import copy_part
+from cppo_lightning.untrusted import META, UNFINISHED, WeightsOnly, names_to_disk, write_whole
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+T = TypeVar("T", bound=Tensor)
+_TIED = "tied_weights"  # in a checkpoint: names of weights that stand there under another
+_WEIGHTS = "state_dict/"  # begins the paths of the module's tensors
 _FILE_BYTES = 2**30  # a file is put together in memory before it is written
 
 
-def save(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Write ``checkpoint`` into ``folder`` under another name, which it is given when all ranks are done.
+def save(checkpoint: dict[str, Any], folder: Path, model: nn.Module) -> None:
+    """Write ``checkpoint`` of ``model`` into ``folder`` under another name, which it is given when all ranks are done.
 
     What has the name before stays until then, and a run that is killed meanwhile leaves it.
 
@@ -44,7 +50,11 @@ def save(checkpoint: dict[str, Any], folder: Path) -> None:
         Exception: on every rank, if one cannot write.
     """
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
-    shards = dict(_shards(checkpoint))
+    # files must not hold a tensor twice, and the reference is in none
+    tied = {name: first for name, first in _tied(model).items() if name in checkpoint["state_dict"]}
+    weights = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in tied}
+    checkpoint = {**checkpoint, "state_dict": weights, _TIED: tied}
+    shards = dict(_tensors(checkpoint, DTensor))
 
     def begin() -> None:
         for left in folder.parent.glob(f".*{UNFINISHED}/"):
@@ -61,37 +71,131 @@ def save(checkpoint: dict[str, Any], folder: Path) -> None:
     from_rank_zero(finish)
 
 
-def load(folder: Path, rest: Mapping[str, Any], model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Read the shards in ``folder`` into ``model`` and ``optimizers``, together with what ``rest`` has of these.
+class ReadsShards(WeightsOnly):
+    """Reads the folders of sharded runs too, for runs that are not, each of whose ranks has a copy then."""
 
-    Parameters that are not in the folder have to be frozen, and stay as they are: the reference is one.
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Raises :class:`ConfigError` for what is no checkpoint, or holds other objects than tensors and plain values."""
+        if not Path(path).is_dir():
+            return super().load_checkpoint(path, *args, **kwargs)
+        return _whole(Path(path), super().load_checkpoint(Path(path, META), *args, **kwargs))
+
+
+@torch.no_grad()
+def load(path: Path, rest: Mapping[str, Any], model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Read the shards in the folder ``path``, and what ``rest`` has beside them, into ``model`` and ``optimizers``.
+
+    Where ``path`` is the file of a run that was not sharded, ``rest`` has everything.  Parameters that neither has must be
+    frozen, and stay as they are: the reference is one.
 
     Raises:
-        ConfigError: the folder lacks something that is trained, or has weights that the model has no place for.
+        ConfigError: something that is trained is missing, or the model has no place for what is there.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    held = reader.read_metadata().state_dict_metadata.keys()
-    trained = {f"state_dict/{name}" for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = dict(_shards({"state_dict": get_model_state_dict(model)}))
+    weights = get_model_state_dict(model)
     states = [get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
-    wanted |= dict(_shards({"optimizer_states": states}))
-    if missing := sorted(name for name in wanted.keys() - held if name in trained or not name.startswith("state_dict/")):
-        raise ConfigError(f"ckpt_path: {str(folder)!r} lacks {len(missing)} tensors of this run, {missing[0]} for one")
-    if surplus := sorted(name for name in held - wanted.keys() if name.startswith("state_dict/")):
-        raise ConfigError(f"ckpt_path: {str(folder)!r} is of another model: it has {surplus[0]}, which this one has not")
-    load_tensors({name: tensor for name, tensor in wanted.items() if name in held}, storage_reader=reader)
-    model.load_state_dict(rest["state_dict"], strict=False)
-    for optimizer, state, plain in zip(optimizers, states, rest["optimizer_states"], strict=True):
-        set_optimizer_state_dict(model, optimizer, _joined(plain, state), options=StateDictOptions())
+    # an evaluation has no optimizer
+    plain = list(rest["optimizer_states"])[: len(states)]
+    tied = _tied(model)
+    once = {name: tensor for name, tensor in weights.items() if name not in tied}
+    wanted = dict(_tensors({"state_dict": once, "optimizer_states": states}, DTensor))
+    whole: dict[str, Tensor] = {}
+    if path.is_dir():
+        reader = HuggingFaceStorageReader(str(path))
+        held: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        shapes = {name: tensor.size for name, tensor in held.items()}
+    else:
+        reader = None
+        plain = [_by_name(path, saved, state) for saved, state in zip(plain, states, strict=True)]
+        whole = dict(_tensors({"state_dict": rest["state_dict"], "optimizer_states": plain}, Tensor))
+        shapes = {name: tensor.shape for name, tensor in whole.items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _check_same(path, shapes, wanted, weights.keys(), trained)
+    found = {name: tensor for name, tensor in wanted.items() if name in shapes}
+    if reader is not None:
+        load_tensors(found, storage_reader=reader)
+    else:
+        for name, tensor in found.items():
+            copy_part(tensor, whole[name])
+    plain_weights = {n: t for n, t in rest["state_dict"].items() if not isinstance(weights.get(n), DTensor)}
+    model.load_state_dict(plain_weights, strict=False)
+    for optimizer, state, saved in zip(optimizers, states, plain, strict=True):
+        set_optimizer_state_dict(model, optimizer, _joined(saved, state), options=StateDictOptions())
 
 
-def _shards(tree: Any, path: str = "") -> Iterator[tuple[str, DTensor]]:
-    """The sharded tensors in nested mappings and lists, by their path."""
-    if isinstance(tree, DTensor):
+def _check_same(
+    path: Path,
+    held: Mapping[str, torch.Size],
+    wanted: Mapping[str, DTensor],
+    weights: Collection[str],
+    trained: Collection[str],
+) -> None:
+    """Raise :class:`ConfigError` unless what a checkpoint holds is of this model and trains all that this run does."""
+
+    def needed(name: str) -> bool:
+        return not name.startswith(_WEIGHTS) or name.removeprefix(_WEIGHTS) in trained
+
+    if missing := sorted(name for name in wanted.keys() - held.keys() if needed(name)):
+        raise ConfigError(f"ckpt_path: {str(path)!r} lacks {len(missing)} tensors of this run, {missing[0]} for one")
+    names = {name for name in held if name.startswith(_WEIGHTS)}
+    if surplus := sorted(name for name in names if name.removeprefix(_WEIGHTS) not in weights):
+        raise ConfigError(f"ckpt_path: {str(path)!r} is of another model: it has {surplus[0]}, which this one has not")
+    if other := sorted(name for name in names & wanted.keys() if held[name] != wanted[name].shape):
+        shapes = list(held[other[0]]), list(wanted[other[0]].shape)
+        raise ConfigError(f"ckpt_path: {str(path)!r} is of another model: {other[0]} is {shapes[0]}, here {shapes[1]}")
+
+
+def _whole(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
+    """``rest`` with the shards in ``folder``, put together: what a run that is not sharded would have saved."""
+    reader = HuggingFaceStorageReader(str(folder))
+    held: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    shards = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in held.items()}
+    load_tensors(dict(shards), storage_reader=reader, no_dist=True)
+    for name, tensor in shards.items():
+        *path, last = name.split("/")
+        place: Any = rest
+        for key in path:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+        place[last] = tensor
+    rest["state_dict"] |= {name: rest["state_dict"][first] for name, first in rest[_TIED].items()}
+    return {**rest, "optimizer_states": [_by_number(state) for state in rest["optimizer_states"]]}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The further names of parameters that have several, each with the first."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if name != first[parameter]}
+
+
+def _by_name(path: Path, saved: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state as it is ``saved``, its parameters counted, with the names that they have in ``state``."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    count = sum(len(group["params"]) for group in saved["param_groups"])
+    if count != len(names):
+        raise ConfigError(f"ckpt_path: {str(path)!r} is of another model: it trains {count} parameters, this one {len(names)}")
+    return {
+        "state": {names[number]: values for number, values in saved["state"].items()},
+        "param_groups": [{**group, "params": [names[n] for n in group["params"]]} for group in saved["param_groups"]],
+    }
+
+
+def _by_number(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by its parameters' names, as it is saved where they are counted."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    return {
+        "state": {numbers[name]: values for name, values in state["state"].items()},
+        "param_groups": [{**group, "params": [numbers[n] for n in group["params"]]} for group in state["param_groups"]],
+    }
+
+
+def _tensors(tree: Any, kind: type[T], path: str = "") -> Iterator[tuple[str, T]]:
+    """The tensors of a kind in nested mappings and lists, by their path."""
+    if isinstance(tree, kind):
         yield path, tree
     elif isinstance(tree, Mapping | list):
         for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from _shards(value, f"{path}/{key}" if path else str(key))
+            yield from _tensors(value, kind, f"{path}/{key}" if path else str(key))
 
 
 def _without_shards(tree: Any) -> Any:

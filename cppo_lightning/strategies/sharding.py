@@ -18,11 +18,13 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from cppo_lightning.errors import ConfigError
 from cppo_lightning.lora import IS_ADAPTER
 from cppo_lightning.policy import Policy, file_name
 from cppo_lightning.ranks import is_rank_zero, on_all_ranks
+from cppo_lightning.strategies.tensor_parallel import parallelize
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -37,12 +39,14 @@ class Sharding:
     Args:
         mesh: the ranks that hold one shard each, ``[ranks]``, or ``[replicas, ranks]`` with the shards of a replica in a row.
         device: of this rank.
+        layers: the ranks that hold parts of the same layers and compute on the same batch; None for none.
         compute_dtype: of gathered weights and of activations; None for that of the weights.  Gradients are summed in float32.
         cpu_offload: shards, gradients and optimizer states stay in host memory.
     """
 
     mesh: DeviceMesh
     device: torch.device
+    layers: DeviceMesh | None = None
     compute_dtype: torch.dtype | None = None
     cpu_offload: bool = False
 
@@ -51,8 +55,17 @@ class Sharding:
 
         Each rank reads its part of the safetensors files.  Where a model's files are not laid out like the model, rank 0 loads
         it whole, in host memory, and hands the parts out.
+
+        Raises:
+            ConfigError: a model, or adapters, that ``layers`` cannot compute together; no weights have been loaded then.
         """
+        if self.layers is not None and config.lora is not None:
+            raise ConfigError(
+                f"model.policy.lora does not go with trainer.strategy.tensor_parallel_size = {self.layers.size()}; take 1"
+            )
         policy = Policy.without_weights(config)
+        if self.layers is not None:
+            parallelize(policy.model, self.layers)
         self._shard(policy)
         self._allocate(policy)
         _fill(policy, config)
@@ -106,14 +119,21 @@ def _fill(policy: Policy, config: PolicyConfig) -> None:
 
 def _assign(tensor: Tensor, value: Tensor) -> None:
     """Give ``tensor`` the ``value`` that rank 0 has; what other ranks bring only has its shape."""
+    # shards may be in host memory where the process group is not
+    device = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else tensor.device
+    whole = value.to(device, tensor.dtype)
+    torch.distributed.broadcast(whole, 0)
+    copy_part(tensor, whole)
+
+
+def copy_part(tensor: Tensor, whole: Tensor) -> None:
+    """Give ``tensor`` its values in ``whole``, which every rank has; of a DTensor the part that this rank holds."""
     if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        whole = value.to(mesh.device_type, tensor.dtype)
-        tensor.to_local().copy_(distribute_tensor(whole, mesh, tensor.placements).to_local())
-    else:
-        whole = value.to(tensor)
-        torch.distributed.broadcast(whole, 0)
-        tensor.copy_(whole)
+        # a DTensor's own distribute_tensor cannot cut one dimension by two meshes
+        (part,) = tensor.__create_chunk_list__()
+        whole = whole[tuple(slice(start, start + size) for start, size in zip(part.offsets, part.sizes, strict=True))]
+        tensor = tensor.to_local()
+    tensor.copy_(whole)
 
 
 def _folder_with(path: str, names: Any) -> str | None:
