@@ -1,4 +1,4 @@
-"""Avg@16 on AIME 2024, 2025 and 2026, as the CPPO paper reports it."""
+"""avg@16, pass@k and maj@16 on AIME 2024, 2025 and 2026; the CPPO paper reports the first."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def aime_datasets() -> dict[str, PromptSource]:
 
 
 class AIMEAccuracy(EvalAccuracy):
-    """``eval/<year>/avg@<k>`` for each AIME set and their unweighted mean ``eval/avg@<k>``.
+    """:class:`EvalAccuracy` with the three AIME sets: ``eval/aime24/avg@16`` and so on, their unweighted mean ``eval/avg@16``.
 
     Args:
         datasets: problems by the set's name; None takes AIME 2024, 2025 and 2026 from the Hugging Face hub.
         every_n_rollouts: rollouts between two evaluations.
-        samples: k, responses to each problem.
+        samples: n, responses to each problem.
         temperature: sampling temperature.
         top_p: nucleus mass kept.
         max_tokens: longest response; None takes the training rollouts' limit.

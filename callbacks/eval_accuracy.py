@@ -1,4 +1,4 @@
-"""avg@k on held-out problems, sampled by the training run's own engine and judged by its own verifier."""
+"""avg@k, pass@k and maj@k on held-out problems, sampled by the training run's own engine and judged by its own verifier."""
 
 from __future__ import annotations
 
@@ -9,30 +9,39 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
 
-from cppo_lightning.callbacks.reporting import notify, rollout_data
+from cppo_lightning.callbacks.reporting import RolloutData, answers_folder, notify, rollout_data, tensorboards
 from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.metrics import WeightedMeans, drain, log_metrics
+from cppo_lightning.metrics import log_metrics
 from cppo_lightning.prompts import PromptSource
-from cppo_lightning.ranks import on_all_ranks
-from cppo_lightning.verifiers.base import Outcome, Problem
+from cppo_lightning.ranks import on_all_ranks, sampling_share
+from cppo_lightning.rollout.answers import conclude
+from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream, check_counts, check_sets, check_temperature
+from cppo_lightning.verifiers.base import Problem
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from cppo_lightning.rollout.sampler import Sample
+    from cppo_lightning.rollout.scores import Row
 
 
 class EvalAccuracy(Callback):
-    """Accuracy over k samples per problem, before training, every few rollouts and at the end.
+    """Accuracy over n samples per problem, before training, every few rollouts and at the end.
 
-    Logs for each set ``eval/<set>/avg@<k>``, ``eval/<set>/truncated_share`` and ``eval/<set>/unparseable_share``, and
-    ``eval/avg@<k>``, the unweighted mean over sets.  Ranks divide the problems and each problem counts once.
+    Logs for each set ``eval/<set>/avg@<n>``, ``eval/<set>/pass@<k>`` for powers of two up to n and n itself,
+    ``eval/<set>/maj@<n>`` (:mod:`cppo_lightning.estimators` says what these are), ``eval/<set>/truncated_share`` and
+    ``eval/<set>/unparseable_share``, and the unweighted means over sets ``eval/avg@<n>``, ``eval/pass@<n>`` and
+    ``eval/maj@<n>``.  All but the shares have the ends of their 95 % bootstrap intervals over problems beside them, as
+    ``<tag>_low`` and ``<tag>_high``; with one sample there is avg@1 alone.  ``eval/curves`` in TensorBoard draws all
+    evaluations so far.
+
+    Every answer is kept in ``evaluations/<set>/step=N.parquet`` in the logger's folder, with the columns that
+    :mod:`cppo_lightning.rollout.answers` lists.  Ranks divide the problems and each problem counts once.
 
     Args:
         datasets: problems by the set's name.
         every_n_rollouts: rollouts between two evaluations.
-        samples: k, responses to each problem.
+        samples: n, responses to each problem.
         temperature: sampling temperature.
         top_p: nucleus mass kept.
         max_tokens: longest response; None takes the training rollouts' limit.
@@ -41,7 +50,8 @@ class EvalAccuracy(Callback):
         batch_problems: problems per call of the engine and rank; None samples as many responses at once as a rollout has.
 
     Raises:
-        ConfigError: a value outside its range, or (when training is set up) a set that is empty or cannot be read.
+        ConfigError: a value outside its range, or (when training is set up) a set that is empty, cannot be read, or is
+            evaluated by another callback too.
     """
 
     def __init__(
@@ -58,13 +68,10 @@ class EvalAccuracy(Callback):
     ) -> None:
         super().__init__()
         self.name = type(self).__name__
-        if not datasets or any(not name or "/" in name for name in datasets):
-            raise ConfigError(f"{self.name}.datasets must name at least one set, without '/', got {list(datasets)}")
-        for key, value in (("every_n_rollouts", every_n_rollouts), ("samples", samples), ("batch_problems", batch_problems)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{self.name}.{key} must be at least 1, got {value}")
-        if temperature == 0 and samples > 1:
-            raise ConfigError(f"{self.name}.samples must be 1 at temperature 0 (all would be equal), got {samples}")
+        check_sets(self.name, datasets)
+        counts = {"every_n_rollouts": every_n_rollouts, "samples": samples, "batch_problems": batch_problems}
+        check_counts(self.name, counts)
+        check_temperature(self.name, temperature, samples)
         try:
             Sampling(1 if max_tokens is None else max_tokens, temperature, top_p)
         except ConfigError as error:
@@ -80,11 +87,10 @@ class EvalAccuracy(Callback):
         self.batch_problems = batch_problems
         self.history: list[tuple[int, dict[str, float]]] = []  # (optimizer steps, metrics), first to last
         self._problems: dict[str, Sequence[Problem]] = {}
-        self._means = {name: WeightedMeans([self._tag(name), *self._shares(name)]) for name in datasets}
 
     @property
     def mean_tag(self) -> str:
-        """Tag of the unweighted mean over sets."""
+        """Tag of the unweighted mean of avg@n over sets."""
         return f"eval/avg@{self.samples}"
 
     @property
@@ -105,6 +111,8 @@ class EvalAccuracy(Callback):
         others = [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, EvalAccuracy) and c is not self]
         if any(other.mean_tag == self.mean_tag for other in others):
             raise ConfigError(f"two callbacks would log {self.mean_tag}; put their sets into one, or give them other samples")
+        if twice := sorted({name for other in others for name in other.datasets if name in self.datasets}):
+            raise ConfigError(f"two callbacks would log eval/{twice[0]}/...; give the set to one, or another name")
         self._problems = {name: data.load(source, name, self.max_tokens) for name, source in self.datasets.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,45 +132,48 @@ class EvalAccuracy(Callback):
             self.evaluate(trainer, pl_module)
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Sample, judge and log every set with the policy's current weights; every rank must call it."""
-        data = rollout_data(trainer, self.name)
-        data.sync_weights()
-        sampling = Sampling(self.max_tokens or data.sampling.max_tokens, self.temperature, self.top_p)
-        at_once = data.plan.prompts * data.plan.samples // (self.samples * trainer.world_size)
-        size = self.batch_problems or max(1, at_once)
+        """Sample, judge, keep and log every set with the policy's current weights; every rank must call it."""
+        data, share, step = rollout_data(trainer, self.name), sampling_share(trainer), trainer.global_step
         started = time.perf_counter()
-        metrics: dict[str, float] = {}
-        for name, problems in self._problems.items():
-            mine = problems[trainer.global_rank :: trainer.world_size]
-            on_all_ranks(partial(self._sample, trainer, name, mine, size, sampling))
-            metrics |= drain(self._means[name], pl_module.device)
-        metrics[self.mean_tag] = sum(metrics[self._tag(name)] for name in self._problems) / len(self._problems)
-        metrics["eval/seconds"] = time.perf_counter() - started
+        data.sync_weights()  # here and not in the loop below, where a rank that failed would wait for those in a collective
+        tell = partial(notify, trainer, "on_evaluation_progress")
+        stream = EvaluationStream(self._problems, self._evaluation(data, share[1]), share, step, data, tell)
+        rows: list[Row] = on_all_ranks(lambda: [row for batch in stream for row in batch.rows()])
+        scores = conclude(rows, self.samples, step, answers_folder(trainer))
+        metrics = {**scores.metrics(), "eval/seconds": time.perf_counter() - started}
         log_metrics(trainer, metrics)
-        self.history.append((trainer.global_step, metrics))
+        self.history.append((step, metrics))
+        self._draw(trainer)
         notify(trainer, "on_evaluation_end", metrics)
         return metrics
 
-    def _sample(self, trainer: Trainer, name: str, problems: Sequence[Problem], size: int, sampling: Sampling) -> None:
-        """Add up what this rank's ``problems`` of a set give, ``size`` at a time."""
-        data = rollout_data(trainer, self.name)
-        for first in range(0, len(problems), size):
-            notify(trainer, "on_evaluation_progress", name, first, len(problems))
-            seed = data.draw_seed("eval", name, trainer.global_step, first)
-            samples = data.sampler.sample(problems[first : first + size], self.samples, sampling, seed=seed).samples
-            self._means[name].update(self._totals(name, samples))
+    def _evaluation(self, data: RolloutData, ranks: int) -> Evaluation:
+        at_once = data.plan.prompts * data.plan.samples // (self.samples * ranks)
+        return Evaluation(
+            samples=self.samples,
+            sampling=Sampling(self.max_tokens or data.sampling.max_tokens, self.temperature, self.top_p),
+            batch_prompts=self.batch_problems or max(1, at_once),
+            datasets=self.datasets,
+        )
 
-    def _totals(self, name: str, samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-        outcomes = [sample.verdict.outcome for sample in samples]
-        truncated, unparseable = self._shares(name)
-        return {
-            self._tag(name): (outcomes.count(Outcome.CORRECT), len(samples)),
-            truncated: (sum(not sample.completion.finished for sample in samples), len(samples)),
-            unparseable: (outcomes.count(Outcome.UNPARSEABLE), len(samples)),
-        }
+    def _draw(self, trainer: Trainer) -> None:
+        """The curves of all sets that this run evaluates, in one picture."""
+        writers = tensorboards(trainer)
+        if not trainer.is_global_zero or not writers:
+            return
+        from cppo_lightning.figures.validation import Curve, validation_curves
 
-    def _tag(self, name: str) -> str:
-        return f"eval/{name}/avg@{self.samples}"
+        curves = []
+        for callback in getattr(trainer, "callbacks", ()):
+            if isinstance(callback, EvalAccuracy) and callback.history:
+                steps, metrics = zip(*callback.history, strict=True)
+                for name, tag in callback.curve_tags().items():
+                    value, low, high = ([found[end] for found in metrics] for end in (tag, f"{tag}_low", f"{tag}_high"))
+                    curves.append(Curve(name, steps, value, low, high))
+        for writer in writers:
+            writer.add_figure("eval/curves", validation_curves(curves), trainer.global_step)
 
-    def _shares(self, name: str) -> tuple[str, str]:
-        return f"eval/{name}/truncated_share", f"eval/{name}/unparseable_share"
+    def curve_tags(self) -> dict[str, str]:
+        """Tag by name of what ``eval/curves`` shows: every set, and their mean where there are several."""
+        tags = {f"{name} avg@{self.samples}": f"eval/{name}/avg@{self.samples}" for name in self.datasets}
+        return tags | ({f"mean avg@{self.samples}": self.mean_tag} if len(tags) > 1 else {})

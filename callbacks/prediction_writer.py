@@ -19,7 +19,7 @@ _ESCAPED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes each judged response of ``predict`` as one line of JSON.
+    """Writes each judged response of ``predict`` as a line of JSON; :mod:`cppo_lightning.rollout.answers` lists the keys.
 
     Args:
         folder: where ``predictions.jsonl`` goes (``predictions.RANK.jsonl`` on several ranks); None is the logger's folder.

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from cppo_lightning.callbacks.progress_display import ProgressDisplay
 from cppo_lightning.callbacks.progress_line import ProgressLine
+from cppo_lightning.callbacks.reporting import accuracy_tags
 from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class RolloutProgress(ProgressBar):
     def on_evaluation_end(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         """Runs after each evaluation (``EvalAccuracy`` calls it)."""
         self._set(trainer, phase="")
-        means = [f"{name} {value:.3f}" for name, value in metrics.items() if "/avg@" in name]
+        means = [f"{name} {metrics[name]:.3f}" for name in accuracy_tags(metrics)]
         self._write(" | ".join([f"evaluation at step {trainer.global_step}", *means]))
         if self._training_ended:
             self._stop()
@@ -220,7 +221,8 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Label and value by importance, from the latest logged metrics."""
     formats = {"rollout/reward": "reward {:.3f}", "mask/rate": "mask {:.1%}", "rollout/tokens_per_second": "{:.0f} tok/s"}
     shown = {name: text.format(float(metrics[name])) for name, text in formats.items() if name in metrics}
-    return shown | {name: f"eval {float(value):.3f}" for name, value in metrics.items() if name.startswith("eval/avg@")}
+    means = [name for name in accuracy_tags(metrics) if name.startswith("eval/avg@")]
+    return shown | {name: f"eval {float(metrics[name]):.3f}" for name in means}
 
 
 def _total_rollouts(trainer: Trainer) -> int | None:

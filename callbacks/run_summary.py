@@ -112,8 +112,7 @@ def _accuracies(trainer: Trainer) -> list[tuple[str, str]]:
     for callback in getattr(trainer, "callbacks", ()):
         if isinstance(callback, EvalAccuracy) and callback.history:
             (first_step, before), (last_step, after) = callback.history[0], callback.history[-1]
-            tags = [tag for tag in after if "/avg@" in tag and (tag != callback.mean_tag or len(callback.datasets) > 1)]
-            for tag in tags:
+            for tag in callback.curve_tags().values():
                 change = f"{after[tag]:.3f} at step {last_step}"
                 if first_step != last_step and tag in before:
                     change = f"{before[tag]:.3f} at step {first_step}  ->  {change}"

@@ -76,6 +76,20 @@ class RolloutBatch:
         row["prompt_mask"] = torch.ones_like(row["prompt_mask"])
         return replace(self, **row)
 
+    def stats(self, logp: Tensor, topk_logp: Tensor | None) -> TokenStats:
+        """What a trust region sees of it when the policy in training gives its tokens ``logp`` and ``topk_logp``, detached."""
+        return TokenStats(
+            response_ids=self.response_ids,
+            logp=logp,
+            rollout_logp=self.rollout_logp,
+            advantages=self.advantages[:, None].expand_as(self.rollout_logp),
+            mask=self.response_mask,
+            topk_ids=self.topk_ids,
+            topk_rollout_logp=self.topk_rollout_logp,
+            topk_logp=topk_logp,
+            sample=self.sample,
+        )
+
 
 @dataclass(frozen=True)
 class TokenStats:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from cppo_lightning.advantages import AdvantageEstimator, GroupRelative
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.ranks import data_share
+from cppo_lightning.ranks import data_share, sampling_share, with_same_batch
 from cppo_lightning.resume import tell_other_versions, updates_taken, versions
 from cppo_lightning.rollout import (
     PromptOrder,
@@ -29,6 +29,7 @@ from cppo_lightning.rollout.ahead import TrainingRollouts
 from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream
 from cppo_lightning.rollout.problem_sets import DataRules, ProblemSets, context_length
 from cppo_lightning.rollout.progress import Progress
+from cppo_lightning.rollout.saved import joined
 from cppo_lightning.rollout.settings import check_same_data, check_settings, check_training
 from cppo_lightning.verifiers import Verifier, VerifierPool
 from cppo_lightning.verifiers.overlong import Overlong
@@ -46,10 +47,14 @@ _PATIENCE = 10.0  # seconds that a run which is ending waits for a rollout that 
 
 
 class Trained(Protocol):
-    """What the datamodule needs of the module: the policy's weights by Hugging Face name, and whether it wants pi_old."""
+    """What the datamodule needs of the module: the policy's weights by Hugging Face name, how many optimizer steps they have
+    seen, and whether it wants pi_old."""
 
     @property
     def anchor(self) -> Anchor: ...
+
+    @property
+    def version(self) -> int: ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -128,7 +133,7 @@ class RolloutDataModule(LightningDataModule):
         from transformers import AutoConfig, AutoTokenizer
 
         self._weights_current = False  # another stage may come with other weights
-        share = data_share(self._trainer())
+        share = sampling_share(self._trainer())
         if stage == "fit":
             check_training(self.plan, share[1], self._trained().anchor)
         if stage != "fit" and self.evaluation is None:
@@ -149,11 +154,12 @@ class RolloutDataModule(LightningDataModule):
             rollouts = TrainingRollouts(
                 order, refills, self.plan, share, sync=self.sync_weights, sample=self._sample, seed=self.draw_seed
             )
-            self.progress = Progress(rollouts, self._stream(), share)
+            self.progress = Progress(rollouts, self._stream(), share, data_share(self._trainer()))
             self.fingerprint = training.fingerprint
             self._restore()
         if self.evaluation is not None:
-            self.evaluated = self.load(self.evaluation.prompts, "evaluation", self.evaluation.sampling.max_tokens)
+            longest = self.evaluation.sampling.max_tokens
+            self.evaluated = {name: self.load(source, name, longest) for name, source in self.evaluation.sets.items()}
 
     def load(self, source: PromptSource, name: str, max_tokens: int | None = None) -> Sequence[Problem]:
         """Problems to evaluate on, as the set ``name``, with up to ``max_tokens`` tokens in a response (None: as in training).
@@ -167,8 +173,7 @@ class RolloutDataModule(LightningDataModule):
         """Hand the policy's current weights to the engine, once it is free, unless it has them already."""
         if self.progress is not None:
             self.progress.rollouts.wait()
-        trainer = self._trainer()
-        version = trainer.global_step
+        version = self._trained().version
         if self._weights_current and self.engine.version == version:
             return
         self.engine.start(self.model)
@@ -177,7 +182,7 @@ class RolloutDataModule(LightningDataModule):
 
     def draw_seed(self, *purpose: str | int) -> int:
         """The engine's seed for one purpose, from the run's seed and this rank: it depends on nothing that ran before."""
-        rank, _ = data_share(self._trainer())
+        rank, _ = sampling_share(self._trainer())
         text = "/".join(map(str, (self.seed, rank, *purpose)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # an int64
 
@@ -248,7 +253,7 @@ class RolloutDataModule(LightningDataModule):
         trainer = self._trainer()
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         last = 0 <= epochs <= trainer.current_epoch + 1 or 0 <= steps <= trainer.global_step + self.plan.updates
-        self.rollout = self._running().rollouts.next(another=not last)
+        self.rollout = joined(with_same_batch(trainer, self._running().rollouts.next(another=not last)))
         return self.rollout
 
     def _sample(self, problems: list[Problem], seed: int) -> Rollout:
@@ -261,17 +266,9 @@ class RolloutDataModule(LightningDataModule):
         return RolloutStream(self._draw, self.advantages, self.plan.updates, self.top_k, 0, self.overlong, recompute)
 
     def _evaluation_stream(self) -> EvaluationStream:
-        evaluation = self.evaluation
-        assert evaluation is not None, "setup refused this"
-
-        def sample(problems: Sequence[Problem], place: int) -> Rollout:
-            self.sync_weights()
-            if not problems:
-                return Rollout([], evaluation.samples, self.engine.version, 0.0, 0.0)
-            seed = self.draw_seed("evaluation", place)
-            return self.sampler.sample(problems, evaluation.samples, evaluation.sampling, seed=seed)
-
-        return EvaluationStream(self.evaluated, evaluation.batch_prompts, data_share(self._trainer()), sample)
+        assert self.evaluation is not None, "setup refused this"
+        share = sampling_share(self._trainer())
+        return EvaluationStream(self.evaluated, self.evaluation, share, self._trained().version, self)
 
     def _running(self) -> Progress:
         assert self.progress is not None, "setup makes it"

@@ -12,8 +12,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 
-from cppo_lightning.batch import RolloutBatch, TokenStats, micro_batches
+from cppo_lightning.batch import RolloutBatch, micro_batches
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.lora import without_adapters
 from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals, policy_gradient_loss, surrogate_value
 from cppo_lightning.metrics import log_metrics
 from cppo_lightning.mismatch import (
@@ -26,15 +27,13 @@ from cppo_lightning.mismatch import (
     numbered,
 )
 from cppo_lightning.observers import GateObserver, NonFiniteObserver, observers
-from cppo_lightning.policy import Policy, ResponseLogProbs
+from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig, check_precision
-from cppo_lightning.ranks import data_share
+from cppo_lightning.ranks import data_share, data_sum
 from cppo_lightning.resume import settle_loops
-from cppo_lightning.rollout.sampler import Rollout
-from cppo_lightning.strategies import FSDP2
+from cppo_lightning.strategies import FSDP2, ReadsShards
 from cppo_lightning.trust_regions import TrustRegion
-from cppo_lightning.untrusted import WeightsOnly, check_no_code, refusing
-from cppo_lightning.verifiers.base import Outcome
+from cppo_lightning.untrusted import check_no_code, refusing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
+    from cppo_lightning.rollout.evaluation import EvaluationBatch
     from cppo_lightning.rollout.stream import RolloutPlan
 
 
@@ -55,7 +55,8 @@ class RLVRModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         lr_scheduler: makes a learning-rate schedule from the optimizer, stepped once per optimizer step; None for a constant.
         aggregation: how token losses become one number.
-        reference_kl: penalty on the divergence from the initial policy; None loads no reference.
+        reference_kl: penalty on the divergence from the initial policy, which is loaded a second time unless ``policy.lora``
+            leaves it in place; None for none.
         temperature: temperature that rollouts are sampled at (linked to ``data.sampling.temperature`` on the command line).
         micro_batch_tokens: padded tokens (prompt and response) in one forward pass.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
@@ -105,6 +106,7 @@ class RLVRModule(LightningModule):
         self.mismatch = mismatch
         self.policy: Policy | None = None
         self.reference: Policy | None = None
+        self._loaded_version: int | None = None  # of weights that a checkpoint brought, until they are trained on
 
     def setup(self, stage: str) -> None:
         """Runs before any checkpoint is read, and sees to it that none is unpickled, wherever it comes from.
@@ -114,8 +116,10 @@ class RLVRModule(LightningModule):
         """
         check_precision(self.trainer.precision, self.policy_config.dtype)
         strategy = self.trainer.strategy
-        if not isinstance(strategy.checkpoint_io, WeightsOnly):
-            strategy.checkpoint_io = WeightsOnly(strategy.checkpoint_io)
+        if not isinstance(strategy.checkpoint_io, ReadsShards):
+            strategy.checkpoint_io = ReadsShards(strategy.checkpoint_io)
+        # under bf16-true Lightning would round log mu, and with it every ratio, to 8 bits
+        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign]
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -123,8 +127,8 @@ class RLVRModule(LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         load = strategy.load_policy if isinstance(strategy, FSDP2) else Policy.load
         self.policy = load(self.policy_config)
-        if self.reference_kl is not None:
-            self.reference = load(replace(self.policy_config, lora=None)).eval().requires_grad_(False)
+        if self.reference_kl is not None and self.policy_config.lora is None:
+            self.reference = load(self.policy_config).eval().requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self._policy().parameters() if p.requires_grad])
@@ -135,6 +139,14 @@ class RLVRModule(LightningModule):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights by Hugging Face name, for a rollout engine."""
         return self._policy().named_weights()
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps that the weights have seen; of a checkpoint that is only evaluated the trainer does not know them."""
+        return self.trainer.global_step if self._loaded_version is None else self._loaded_version
+
+    def on_train_start(self) -> None:
+        self._loaded_version = None
 
     @torch.no_grad()
     def recompute(self, batch: RolloutBatch) -> RecomputedBatch:
@@ -158,13 +170,10 @@ class RLVRModule(LightningModule):
         totals = self._totals(batch)
         if not int(totals.tokens):
             if batch_idx == 0:  # groups are dealt evenly, so the whole rollout is empty
-                rank_zero_warn(
-                    "in every group of a rollout all rewards are equal, so it teaches nothing and no step is taken; if this "
-                    "goes on, the problems are too hard or too easy for the model, or its answers are cut off"
-                )
+                rank_zero_warn("in every group of a rollout all rewards are equal, so it teaches nothing and no step is taken")
             return None
         mine = torch.stack([self._accumulate(part, totals) for part in self._micro_batches(batch)]).sum(0)
-        values = self._sum_over_ranks(mine.clone())
+        values = data_sum(self.trainer, mine.clone())
         learning_rate = self._optimizer().param_groups[0]["lr"]
         grad_norm = self._grad_norm()
         if not bool(grad_norm.isfinite() & values[:2].isfinite().all()):  # the same on every rank
@@ -220,7 +229,7 @@ class RLVRModule(LightningModule):
     def _accumulate(self, batch: RolloutBatch, totals: Totals) -> Tensor:
         """Add one micro-batch's gradient; returns its shares ``[3]`` of surrogate, reference KL and mean entropy."""
         output = self._policy()(batch, self.temperature)
-        stats = self._stats(batch, output)
+        stats = batch.stats(output.logp.detach(), output.topk_logp)
         if self.anchor == "rollout":
             gate = self.trust_region(stats)
         else:
@@ -230,10 +239,8 @@ class RLVRModule(LightningModule):
         coefficients = self.aggregation.coefficients(stats.mask, totals)
         loss = policy_gradient_loss(output.logp, stats.advantages, gate, coefficients)
         reference_kl = loss.new_zeros(())
-        if self.reference is not None and self.reference_kl is not None:
-            with torch.no_grad():
-                reference = self.reference(replace(batch, topk_ids=None), self.temperature)
-            reference_kl = (coefficients * self.reference_kl(output.logp, reference.logp)).sum()
+        if self.reference_kl is not None:
+            reference_kl = (coefficients * self.reference_kl(output.logp, self._reference_logp(batch))).sum()
             loss = loss + self.reference_kl.coef * reference_kl
         # ranks average their gradients, while the denominators are already global
         _, ranks = data_share(self.trainer)
@@ -241,18 +248,14 @@ class RLVRModule(LightningModule):
         surrogate = surrogate_value(stats.advantages, gate, coefficients)
         return torch.stack([surrogate, reference_kl.detach(), output.entropy.sum() / totals.tokens])
 
-    def _stats(self, batch: RolloutBatch, output: ResponseLogProbs) -> TokenStats:
-        return TokenStats(
-            response_ids=batch.response_ids,
-            logp=output.logp.detach(),
-            rollout_logp=batch.rollout_logp,
-            advantages=batch.advantages[:, None].expand_as(batch.rollout_logp),
-            mask=batch.response_mask,
-            topk_ids=batch.topk_ids,
-            topk_rollout_logp=batch.topk_rollout_logp,
-            topk_logp=output.topk_logp,
-            sample=batch.sample,
-        )
+    @torch.no_grad()
+    def _reference_logp(self, batch: RolloutBatch) -> Tensor:
+        """``[B, T]`` log-probabilities under the initial policy, which adapters leave in place."""
+        batch = replace(batch, topk_ids=None)
+        if self.reference is not None:
+            return self.reference(batch, self.temperature).logp
+        with without_adapters(self._policy()):
+            return self._policy()(batch, self.temperature).logp
 
     def _micro_batches(self, batch: RolloutBatch) -> list[RolloutBatch]:
         """This rank's micro-batches, filled up with blank ones to the longest rank's count: collectives must match."""
@@ -262,11 +265,8 @@ class RLVRModule(LightningModule):
 
     def _totals(self, batch: RolloutBatch) -> Totals:
         counts = torch.stack([batch.num_tokens, batch.response_mask.any(-1).sum()])
-        tokens, sequences = self._sum_over_ranks(counts)
+        tokens, sequences = data_sum(self.trainer, counts)
         return Totals(tokens, sequences)
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(values, reduce_op="sum")
 
     def _optimizer(self) -> LightningOptimizer:
         return cast("LightningOptimizer", self.optimizers())
@@ -276,25 +276,18 @@ class RLVRModule(LightningModule):
             raise RuntimeError("the policy is loaded by configure_model, which the Trainer calls; call it first")
         return self.policy
 
-    def validation_step(self, rollout: Rollout, batch_idx: int) -> None:
-        self._log_evaluation("val", rollout)
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        self._log_evaluation("val", batch)
 
-    def test_step(self, rollout: Rollout, batch_idx: int) -> None:
-        self._log_evaluation("test", rollout)
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        self._log_evaluation("test", batch)
 
-    def predict_step(self, rollout: Rollout, batch_idx: int) -> list[dict[str, Any]]:
-        return [sample.row() for sample in rollout.samples]
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+        return batch.rows()
 
-    def _log_evaluation(self, stage: str, rollout: Rollout) -> None:
-        count = len(rollout.samples)
-        sums = {
-            "accuracy": sum(s.verdict.outcome is Outcome.CORRECT for s in rollout.samples),
-            "reward": sum(s.verdict.reward for s in rollout.samples),
-            "truncated_share": sum(not s.completion.finished for s in rollout.samples),
-        }
+    def _log_evaluation(self, stage: str, batch: EvaluationBatch) -> None:
         # weighted by batch size here and over ranks, so that every sample counts once
-        means = {f"{stage}/{k}": v / max(count, 1) for k, v in sums.items()}
-        self.log_dict(means, batch_size=count, on_epoch=True, sync_dist=True)
+        self.log_dict(batch.means(stage), batch_size=len(batch.rollout.samples), on_epoch=True, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The reference is the initial model and is loaded from there, not from checkpoints."""
@@ -305,6 +298,7 @@ class RLVRModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         settle_loops(checkpoint)
+        self._loaded_version = checkpoint["global_step"]
         self.trust_region.load_state_dict(checkpoint.get("trust_region", {}))
         if self.reference is not None:
             checkpoint["state_dict"] |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
@@ -314,3 +308,7 @@ class RLVRModule(LightningModule):
         """Lightning's, which needs ``policy`` and ``trust_region`` besides; only tensors and plain values are read."""
         with refusing(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
+
+
+def _as_it_is(data: Any) -> Any:
+    return data

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 
 from cppo_lightning.cli import main
 from cppo_lightning.prompts import BadRows, LoadCounts, PromptSource
+from cppo_lightning.rollout.evaluation import Evaluation
 from cppo_lightning.rollout.sampler import Sampler
 from cppo_lightning.verifiers import Verifier
 from tests.test_presets import contains, printed, read
@@ -42,14 +43,12 @@ AIME_ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def prompts_of(name: str, config: dict[str, Any]) -> dict[str, Any]:
+def sources_of(name: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sources of an evaluation or of a mixture by name, or the one there is."""
     data = config["data"]
-    return data["evaluation"]["prompts"] if name == "aime_eval" else data["prompts"]
-
-
-def single_sources(prompts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of a mixture, or the one there is."""
-    return list(prompts["init_args"].get("sources", {"": prompts}).values())
+    if name == "aime_eval":
+        return data["evaluation"]["datasets"]
+    return data["prompts"]["init_args"].get("sources", {"": data["prompts"]})
 
 
 def built(kind: type, settings: dict[str, Any]) -> Any:
@@ -68,7 +67,7 @@ def test_a_data_config_is_about_data_and_says_how_to_run_it(name: str) -> None:
     config = read(f"data/{name}")
     assert list(config) == ["data"]
     assert set(config["data"]) == {"evaluation" if name == "aime_eval" else "prompts", "template", "verifier"}
-    for source in single_sources(prompts_of(name, config)):
+    for source in sources_of(name, config).values():
         # what is left out would be inherited from a config below, where another class has a setting of that name
         assert set(source["init_args"]) == {field.name for field in fields(type(built(PromptSource, source)))}
     comment = (CONFIGS / "data" / f"{name}.yaml").read_text().partition("data:")[0]
@@ -82,7 +81,11 @@ def test_a_data_config_replaces_the_data_below_it(name: str, under: list[str], c
     """As parsed by the command line, nothing of the other's settings stays."""
     config, chosen = read(f"data/{name}"), printed(capsys, *under, f"data/{name}")
     assert contains(chosen, config)
-    assert built(PromptSource, prompts_of(name, chosen)) == built(PromptSource, prompts_of(name, config))
+    there, wanted = (
+        {set_name: built(PromptSource, source) for set_name, source in sources_of(name, found).items()}
+        for found in (chosen, config)
+    )
+    assert there == wanted
     assert built(Verifier, chosen["data"]["verifier"]) == built(Verifier, config["data"]["verifier"])
     assert contains(chosen["data"]["plan"], read(under[0])["data"]["plan"])
 
@@ -100,14 +103,14 @@ def test_the_hubs_layout_is_what_a_config_reads(name: str, tmp_path: Path) -> No
 
 
 def test_the_aime_sets_layouts_are_what_their_config_reads(tmp_path: Path) -> None:
-    settings = prompts_of("aime_eval", read("data/aime_eval"))
-    for name, source in settings["init_args"]["sources"].items():
+    settings = read("data/aime_eval")["data"]["evaluation"]
+    for name, source in settings["datasets"].items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text(json.dumps(AIME_ROWS[name]) + "\n")
         assert source["init_args"]["path"] == f"math-ai/{name}"
         source["init_args"]["path"] = str(file)
-    problems = built(PromptSource, settings).load()
-    assert {p.dataset: p.answer for p in problems} == dict.fromkeys(AIME_ROWS, "2")
+    sets = built(Evaluation, settings).sets
+    assert {name: [p.answer for p in source.load()] for name, source in sets.items()} == {name: ["2"] for name in AIME_ROWS}
 
 
 def test_the_prompts_of_a_data_config_ask_for_a_box() -> None:

@@ -381,6 +381,21 @@ class Batches(Callback):
         self.seen.append(batch)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_no_precision_rounds_what_the_engine_reported(tiny_model_path: Path, tmp_path: Path, precision: Any) -> None:
+    batches, data = Batches(), make_data(tiny_model_path)
+    make_trainer(tmp_path, [batches], rollouts=1, precision=precision).fit(make_module(tiny_model_path), datamodule=data)
+    data.close()
+    assert data.rollout is not None
+    for batch in batches.seen:
+        assert batch.sample is not None
+        for row, place in enumerate(batch.sample.tolist()):
+            reported = data.rollout.samples[place].completion
+            assert torch.equal(batch.rollout_logp[row, : len(reported.ids)], reported.logp)
+        assert batch.topk_rollout_logp is not None
+        assert {t.dtype for t in (batch.rollout_logp, batch.topk_rollout_logp, batch.advantages)} == {torch.float32}
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_recomputed_anchor_is_the_policy_at_the_rollouts_start(
     tiny_model_path: Path, tmp_path: Path, precision: str

@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.resume import generator_states, set_generator_states, tell_other_versions, versions
 from cppo_lightning.rollout import RolloutPlan
-from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream
+from cppo_lightning.rollout.evaluation import Evaluation
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.rollout.saved import Hand, Unfinished, for_rank
 from cppo_lightning.trust_regions import PPOClip
@@ -344,21 +344,6 @@ def test_checkpoints_by_steps_and_by_time(tiny_model_path: Path, tmp_path: Path)
 
 
 # evaluation on many ranks -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 3, 7, 8])
-def test_every_rank_evaluates_as_often_and_every_problem_once(count: int) -> None:
-    problems = [Problem(str(i), (), "") for i in range(count)]
-    asked: list[Problem] = []
-
-    def sample(some: Sequence[Problem], place: int) -> Rollout:
-        asked.extend(some)
-        return Rollout([], 1, 0, 0.0, 0.0)
-
-    streams = [EvaluationStream(problems, 2, (rank, 4), sample) for rank in range(4)]
-    lengths = {len(list(stream)) for stream in streams} | {len(stream) for stream in streams}
-    assert lengths == {-(-count // 8)}
-    assert sorted(problem.id for problem in asked) == sorted(problem.id for problem in problems)
 
 
 class FewProblems:
