@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from cppo_lightning.errors import ConfigError
 
@@ -25,6 +25,13 @@ _RESOLUTION = 2.0**-23  # of 1 - (sum of probabilities) in float32: a difference
 class Divergence(ABC):
     """D_t = D(mu(.|s_t), pi(.|s_t)), estimated from what :class:`TokenStats` carries."""
 
+    unit: ClassVar[str] = "divergence"
+
+    @property
+    def title(self) -> str:
+        """What it is called in pictures."""
+        return type(self).__name__
+
     @property
     def top_k(self) -> int:
         """Number of top-K entries of mu this divergence reads; 0 when the sampled token suffices."""
@@ -39,6 +46,12 @@ class Divergence(ABC):
 class BinaryTV(Divergence):
     """Total variation of "the sampled token or any other": ``|pi(y_t) - mu(y_t)|`` (DPPO, arXiv 2602.04879, Eq. 13)."""
 
+    unit: ClassVar[str] = "probability"
+
+    @property
+    def title(self) -> str:
+        return "|π \N{MINUS SIGN} µ| of the sampled token"
+
     def __call__(self, stats: TokenStats) -> Tensor:
         return (stats.logp.exp() - stats.rollout_logp.exp()).abs().masked_fill(~stats.mask, 0.0)
 
@@ -46,6 +59,12 @@ class BinaryTV(Divergence):
 @dataclass(frozen=True)
 class BinaryKL(Divergence):
     """KL(mu || pi) in nats of "the sampled token or any other" (DPPO Eq. 14)."""
+
+    unit: ClassVar[str] = "nats"
+
+    @property
+    def title(self) -> str:
+        return "binary KL(µ‖π)"
 
     def __call__(self, stats: TokenStats) -> Tensor:
         sampled = _kl(stats.rollout_logp.exp(), stats.logp.exp(), _TINY)
@@ -105,6 +124,12 @@ class TopKTV(_TopK):
         ValueError: on call, the batch carries fewer than k top-K entries.
     """
 
+    unit: ClassVar[str] = "probability"
+
+    @property
+    def title(self) -> str:
+        return f"top-{self.k} total variation"
+
     def __call__(self, stats: TokenStats) -> Tensor:
         mu, pi = self.bins(stats)
         other = (mu.other.clamp(min=0) - pi.other.clamp(min=0)).abs()
@@ -124,6 +149,12 @@ class TopKKL(_TopK):
         ValueError: on call, the batch carries fewer than k top-K entries.
     """
 
+    unit: ClassVar[str] = "nats"
+
+    @property
+    def title(self) -> str:
+        return f"top-{self.k} KL(µ‖π)"
+
     def __call__(self, stats: TokenStats) -> Tensor:
         mu, pi = self.bins(stats)
         total = _kl(mu.top, pi.top, _TINY).sum(-1) + _kl(mu.own, pi.own, _TINY) + _kl(mu.other, pi.other, _RESOLUTION)
@@ -134,6 +165,12 @@ class TopKKL(_TopK):
 class SampledK2(Divergence):
     """``(log rho_t)^2 / 2``, symmetric in mu and pi: TRM's stand-in for the maximum over tokens (arXiv 2512.23075, App.)."""
 
+    unit: ClassVar[str] = "nats"
+
+    @property
+    def title(self) -> str:
+        return "(log \N{GREEK SMALL LETTER RHO})² / 2 of the sampled token"
+
     def __call__(self, stats: TokenStats) -> Tensor:
         return 0.5 * stats.ratio.clamp(_TINY, 1 / _TINY).log().square()
 
@@ -141,6 +178,12 @@ class SampledK2(Divergence):
 @dataclass(frozen=True)
 class SampledK3(Divergence):
     """``rho_t - 1 - log rho_t``, whose mean under mu is KL(mu || pi): TRM's stand-in for the mean (arXiv 2512.23075, App.)."""
+
+    unit: ClassVar[str] = "nats"
+
+    @property
+    def title(self) -> str:
+        return "k3 estimate of KL(µ‖π)"
 
     def __call__(self, stats: TokenStats) -> Tensor:
         return _excess(stats.ratio)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from cppo_lightning.batch import Gate, TokenStats
 from cppo_lightning.divergences import BinaryTV
+from cppo_lightning.figures import style
 from cppo_lightning.trust_regions import CPPO
 
 TOKENS = 76
@@ -40,7 +41,7 @@ class Theme:
 
 
 THEMES = (
-    Theme("mask.png", "#1f2328", "#d1d9e0", "#3b7cb8", "#a9bccb", "#e0900f", "#c2306b"),
+    Theme("mask.png", style.TEXT, style.GRID, style.KEPT, style.TOWARD, style.BY_POSITION, style.BY_BUDGET),
     Theme("mask-dark.png", "#e6edf3", "#3d444d", "#5ba3e0", "#6b7f90", "#f2b04a", "#f0659a"),
 )
 

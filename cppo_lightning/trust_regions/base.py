@@ -17,10 +17,10 @@ class TrustRegion(ABC):
     strategy returns that coefficient (``Gate.weight``) and the decision behind it (``Gate.keep``); aggregation,
     normalisation, reference KL and metrics are the trainer's.
 
-    Diagnostics that callbacks know: ``divergence``, ``weighted_divergence``, ``threshold``, ``toward``,
-    ``masked_by_position``, ``masked_by_budget`` (``[B, T]``), ``delta_b``, ``budget_spent``, ``budget_exhausted``,
-    ``first_exhausted``, ``rejected`` (``[B]``), ``captured_mass`` (``[B, T]``), and ``surrogate`` (``[B, T]``), the objective's
-    value where it is not ``weight * A``.
+    Diagnostics that callbacks know: ``divergence``, ``token_weight``, ``weighted_divergence``, ``threshold``, ``toward``,
+    ``masked_by_position``, ``masked_by_budget``, ``budget_allowed`` (``[B, T]``), ``delta_b``, ``budget_spent``,
+    ``budget_exhausted``, ``first_exhausted``, ``rejected`` (``[B]``), ``captured_mass`` (``[B, T]``), and ``surrogate``
+    (``[B, T]``), the objective's value where it is not ``weight * A``.
     """
 
     @property
@@ -35,6 +35,14 @@ class TrustRegion(ABC):
         PPO-style clips were defined that way; trust regions on a divergence from mu lose what they bound.
         """
         return False
+
+    @property
+    def token_threshold(self) -> float | None:
+        """The w_t D_t above which a token is dropped whatever else its response holds (w_t = 1 where there are no weights).
+
+        None where there is no such limit.  For pictures; the gate is what counts.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What a strategy that keeps something from step to step needs to go on: tensors and plain values, of rank 0."""

@@ -84,6 +84,10 @@ class CPPO(TrustRegion):
     def top_k(self) -> int:
         return self.divergence.top_k
 
+    @property
+    def token_threshold(self) -> float:
+        return self.delta
+
     def __call__(self, stats: TokenStats) -> Gate:
         # in place where a tensor is this call's own: at a million tokens its allocation costs more than the arithmetic
         mask, padding = stats.mask, ~stats.mask
@@ -104,6 +108,7 @@ class CPPO(TrustRegion):
         by_position = (weighted > self.delta).logical_and_(dropped)
         diagnostics = {
             "divergence": divergence,
+            "token_weight": weight,
             "weighted_divergence": weighted,
             "toward": toward,
             "masked_by_position": by_position,
@@ -115,11 +120,10 @@ class CPPO(TrustRegion):
         if self.top_k:
             diagnostics["captured_mass"] = captured_mass(stats, self.top_k)
         capped = ratio if self.max_ratio is None else ratio.clamp(max=self.max_ratio)
-        return Gate(
-            weight=self.gated(capped, dropped, weighted, spent, allowed).masked_fill_(padding, 0.0),
-            keep=mask & ~dropped,
-            diagnostics=diagnostics,
-        )
+        gated = self.gated(capped, dropped, weighted, spent, allowed).masked_fill_(padding, 0.0)
+        if delta_b is not None:
+            diagnostics["budget_allowed"] = allowed.masked_fill_(padding, 0.0)
+        return Gate(weight=gated, keep=mask & ~dropped, diagnostics=diagnostics)
 
     def token_weight(self, stats: TokenStats) -> Tensor:
         """The w_t that each token gets ``[B, T]`` float32, 0 where masked; here those of its position."""

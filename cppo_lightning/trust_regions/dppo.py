@@ -43,6 +43,10 @@ class DPPO(TrustRegion):
     def top_k(self) -> int:
         return self.divergence.top_k
 
+    @property
+    def token_threshold(self) -> float:
+        return self.delta
+
     def __call__(self, stats: TokenStats) -> Gate:
         ratio, mask = stats.ratio, stats.mask
         divergence = self.divergence(stats)

@@ -48,10 +48,19 @@ class TRM(TrustRegion):
     def top_k(self) -> int:
         return self.divergence.top_k
 
+    @property
+    def token_threshold(self) -> float | None:
+        return self.whole_threshold if self.reduce == "max" else None
+
+    @property
+    def whole_threshold(self) -> float:
+        """The delta in force, for :meth:`whole`."""
+        return PAPER_DELTA[self.reduce] if self.delta is None else self.delta
+
     def __call__(self, stats: TokenStats) -> Gate:
         ratio, mask = stats.ratio, stats.mask
         divergence = self.divergence(stats)
-        rejected = self.whole(divergence, mask) > (PAPER_DELTA[self.reduce] if self.delta is None else self.delta)
+        rejected = self.whole(divergence, mask) > self.whole_threshold
         keep = mask & ~rejected[:, None]
         diagnostics = {
             "divergence": divergence,
