@@ -13,6 +13,8 @@ from cppo_lightning.callbacks.budget_exhaustion import BudgetExhaustion
 from cppo_lightning.callbacks.data_report import DataReport
 from cppo_lightning.callbacks.divergence import Divergence
 from cppo_lightning.callbacks.eval_accuracy import EvalAccuracy
+from cppo_lightning.callbacks.evaluation_report import EvaluationReport
+from cppo_lightning.callbacks.explain import Explain
 from cppo_lightning.callbacks.failure_checkpoint import FailureCheckpoint
 from cppo_lightning.callbacks.gate_metrics import GateMetrics
 from cppo_lightning.callbacks.logprob_gap import LogProbGap
@@ -22,10 +24,13 @@ from cppo_lightning.callbacks.nonfinite_guard import NonFiniteGuard
 from cppo_lightning.callbacks.prediction_writer import PredictionWriter
 from cppo_lightning.callbacks.rollout_metrics import RolloutMetrics
 from cppo_lightning.callbacks.rollout_progress import RolloutProgress
+from cppo_lightning.callbacks.rollout_recorder import RolloutRecorder
 from cppo_lightning.callbacks.run_checkpoint import RunCheckpoint
 from cppo_lightning.callbacks.run_summary import RunSummary
 from cppo_lightning.callbacks.shutdown import Shutdown
+from cppo_lightning.callbacks.tensorboard_layout import TensorBoardLayout
 from cppo_lightning.callbacks.text_samples import TextSamples
+from cppo_lightning.callbacks.trust_region_figures import TrustRegionFigures
 from cppo_lightning.callbacks.weight_sync_canary import WeightSyncCanary
 
 __all__ = [
@@ -35,6 +40,8 @@ __all__ = [
     "DataReport",
     "Divergence",
     "EvalAccuracy",
+    "EvaluationReport",
+    "Explain",
     "FailureCheckpoint",
     "GateMetrics",
     "LogProbGap",
@@ -44,9 +51,12 @@ __all__ = [
     "PredictionWriter",
     "RolloutMetrics",
     "RolloutProgress",
+    "RolloutRecorder",
     "RunCheckpoint",
     "RunSummary",
     "Shutdown",
+    "TensorBoardLayout",
     "TextSamples",
+    "TrustRegionFigures",
     "WeightSyncCanary",
 ]

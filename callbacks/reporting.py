@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch.utils.tensorboard import SummaryWriter
 
     from cppo_lightning.engines.engine import Sampling
     from cppo_lightning.prompts import PromptSource
@@ -51,6 +55,21 @@ def rollout_data(trainer: Trainer, needed_by: str) -> RolloutData:
     if datamodule is None or not hasattr(datamodule, "sync_weights"):
         raise ConfigError(f"{needed_by} needs a RolloutDataModule, got data={datamodule!r}; use one, or remove the callback")
     return cast(RolloutData, datamodule)
+
+
+def answers_folder(trainer: Trainer) -> Path:
+    """Where an evaluation keeps its answers.  Every rank must call it."""
+    return Path(trainer.log_dir or trainer.default_root_dir) / "evaluations"
+
+
+def tensorboards(trainer: Trainer) -> list[SummaryWriter]:
+    """The writers of the run's TensorBoard logs, for what is no number; they do nothing on ranks other than 0."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def accuracy_tags(metrics: Iterable[str]) -> list[str]:
+    """The tags of avg@n among an evaluation's, of sets and of their mean, without the ends of intervals."""
+    return [tag for tag in metrics if re.fullmatch(r"eval/(.+/)?avg@\d+", tag)]
 
 
 def notify(trainer: Trainer, hook: str, *args: object) -> None:

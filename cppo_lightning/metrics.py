@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from cppo_lightning.observers import MetricsObserver, observers
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -103,15 +105,18 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int | None
     """
     if not metrics:
         return
+    step = trainer.global_step if step is None else step
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(dict(metrics), step=trainer.global_step if step is None else step)
+        logger.log_metrics(dict(metrics), step=step)
         logger.save()
+    for observer in observers(trainer, MetricsObserver):
+        observer.on_metrics(trainer, metrics, step)
 
 
 def masked_total(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of ``values`` where ``mask``, and how many those are: two float64 scalars on the values' device."""
-    dtype = _sum_dtype(values.device)
+    dtype = sum_dtype(values.device)
     return values.masked_fill(~mask, 0).sum(dtype=dtype), mask.sum(dtype=dtype)
 
 
@@ -156,7 +161,7 @@ def position_totals(tag: str, values: Tensor, mask: Tensor, bins: int) -> Totals
     """
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     index = (bins * position // mask.sum(-1, keepdim=True).clamp(min=1)).clamp(max=bins - 1).flatten()
-    empty = torch.zeros(bins, dtype=_sum_dtype(mask.device), device=mask.device)
+    empty = torch.zeros(bins, dtype=sum_dtype(mask.device), device=mask.device)
     sums = empty.index_add(0, index, values.masked_fill(~mask, 0).flatten().to(empty.dtype))
     counts = empty.index_add(0, index, mask.flatten().to(empty.dtype))
     pairs = zip(sums.unbind(), counts.unbind(), strict=True)
@@ -188,7 +193,8 @@ def _check_names(given: Any, known: Sequence[str]) -> None:
         raise ValueError(f"unknown metric names {sorted(unknown)}; this metric was made for {list(known)}")
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over many tokens are kept in on this device."""
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 

@@ -1,10 +1,12 @@
-"""What a callback may have the module show it: gates as they are made, and minibatches on which no step was taken."""
+"""What a callback may be shown: gates as they are made, minibatches on which no step was taken, and what is logged."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
@@ -33,6 +35,15 @@ class NonFiniteObserver(Protocol):
             batch: this rank's part of the minibatch.
             terms: its shares ``[2]`` of surrogate and reference KL.
         """
+        ...
+
+
+@runtime_checkable
+class MetricsObserver(Protocol):
+    """A callback that wants to see every number that is logged by ``metrics.log_metrics``."""
+
+    def on_metrics(self, trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+        """Runs after metrics that belong together were logged, reduced over ranks, at ``step``; at least on rank 0."""
         ...
 
 

@@ -25,14 +25,13 @@ from cppo_lightning.callbacks import (
     RunSummary,
     TextSamples,
 )
-from cppo_lightning.callbacks.text_samples import as_markdown
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import Totals, masked_total
 from cppo_lightning.prompts import DatasetPrompts, PromptSource
 from cppo_lightning.prompts.bad_rows import BadRows
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.verifiers.base import Outcome, Problem
-from tests.callback_rig import UPDATES, Data, Module, events, rollout, scalars, stats_and_gate, trainer
+from tests.callback_rig import UPDATES, Data, Module, events, scalars, stats_and_gate, trainer
 
 C, W, U, T, F = Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE, Outcome.TIMED_OUT, Outcome.FAILED
 OUTCOMES = [[C, W, U, T], [C, C, C, C]]
@@ -186,12 +185,26 @@ def test_eval_accuracy_by_hand(tmp_path: Path) -> None:
         "eval/easy/avg@4": 11 / 12,
         "eval/hard/avg@4": 0,
         "eval/avg@4": 11 / 24,
+        "eval/easy/pass@2": 1,
+        "eval/easy/pass@4": 1,
+        "eval/easy/maj@4": 1,
+        "eval/hard/pass@4": 0,
+        "eval/pass@4": 1 / 2,
+        "eval/maj@4": 1 / 2,
+        "eval/easy/avg@4_low": 3 / 4,  # of 3^3 resamples, one in 27 draws the problem with 3 of 4 three times
+        "eval/easy/avg@4_high": 1,
+        "eval/hard/avg@4_high": 0,
+        "eval/avg@4_low": 3 / 8,
+        "eval/avg@4_high": 1 / 2,
         "eval/easy/truncated_share": 1 / 4,
         "eval/easy/unparseable_share": 1 / 12,
         "eval/hard/unparseable_share": 1,
     }.items():
         assert found[tag] == [(step, pytest.approx(value)) for step in steps], tag
-    assert data.synced == 3
+    assert "eval/pass@2" not in found, "another callback, for other sets, may have as many samples to draw two from"
+    assert events(tmp_path).Tags()["images"] == ["eval/curves"]
+    assert [image.step for image in events(tmp_path).Images("eval/curves")] == steps
+    assert data.synced == 2 * 3  # the loop asks too, and finds the weights current
     assert [n for n, _ in data.sampler.asked] == [2, 1, 1] * 3
     sampling = data.sampler.asked[0][1]
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.7, 0.95)
@@ -230,6 +243,7 @@ def test_aime_accuracy_is_a_preset() -> None:
     [
         ({"datasets": {}}, "datasets must name at least one set"),
         ({"datasets": {"a/b": Counted(1)}}, "without '/'"),
+        ({"datasets": {"..": Counted(1)}}, "no '.' first"),
         ({"every_n_rollouts": 0}, "every_n_rollouts must be at least 1, got 0"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"temperature": 0}, "samples must be 1 at temperature 0"),
@@ -252,28 +266,8 @@ def test_callbacks_that_need_a_sampling_datamodule_say_so(tmp_path: Path) -> Non
 def test_two_evaluations_that_would_log_the_same_tag_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two callbacks would log eval/avg@16"):
         fit(tmp_path, [EvalAccuracy({"a": Counted(1)}), AIMEAccuracy({"b": Counted(1)})])
-
-
-def test_text_samples_reach_tensorboard(tmp_path: Path) -> None:
-    fit(tmp_path, [TextSamples(every_n_rollouts=2, count=3)], rollouts=3)
-    found = events(tmp_path)
-    tags = [f"samples/{i}/text_summary" for i in range(3)]
-    assert sorted(found.Tags()["tensors"]) == tags
-    assert [event.step for event in found.Tensors(tags[0])] == [0, 2 * UPDATES]
-    text = found.Tensors(tags[0])[0].tensor_proto.string_val[0].decode()
-    assert "**correct**, reward 1, 1 tokens" in text
-    assert "    2 + 0?" in text
-
-
-def test_nothing_that_a_model_writes_is_markup_or_a_control_character() -> None:
-    evil = "<script>alert(1)</script>\n```\n# big\n\x1b[31mred\x00\n" + "x" * 500 + "\ud800"
-    text = as_markdown(rollout([[W]], text=evil).samples[0], max_chars=10_000)
-    response = text.split("*response*\n\n")[1].split("\n\n*answer*")[0]
-    assert all(line.startswith("    ") and len(line) <= 114 for line in response.split("\n"))
-    assert "\\x1b[31mred\\x00" in response
-    assert all(c.isprintable() or c == "\n" for c in text)
-    short = as_markdown(rollout([[W]], text="a" * 50 + "b" * 50).samples[0], max_chars=20)
-    assert "    aaaaaaaaaa\n    ... 80 characters left out ...\n    bbbbbbbbbb" in short
+    with pytest.raises(ConfigError, match=r"two callbacks would log eval/b/\.\.\."):
+        fit(tmp_path, [EvalAccuracy({"a": Counted(1), "b": Counted(1)}), AIMEAccuracy({"b": Counted(1)}, samples=4)])
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def slow(stats: TokenStats, gate: Gate, region: CPPO) -> dict[str, float]:
 
 
 def cut(stats: TokenStats, rows: list[int]) -> TokenStats:
-    return replace(stats, **{name: value[rows] for name, value in vars(stats).items()})
+    return replace(stats, **{name: value[rows] for name, value in vars(stats).items() if value is not None})
 
 
 @pytest.mark.parametrize("seed", range(5))
