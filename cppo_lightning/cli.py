@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 from cppo_lightning.interrupts import INTERRUPTS
 
@@ -20,7 +20,11 @@ EXPECTED_WARNINGS = (
 )
 
 # subcommands that are none of the Trainer's: the module whose main takes what stands after the name
-_OTHER_COMMANDS = {"export": "cppo_lightning.export", "resume-check": "cppo_lightning.resume_check"}
+_OTHER_COMMANDS = {
+    "export": "cppo_lightning.export",
+    "replay": "cppo_lightning.replay.command",
+    "resume-check": "cppo_lightning.resume_check",
+}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -82,13 +86,17 @@ def _run(args: list[str] | None) -> None:
 def _run_trainer(args: list[str] | None) -> None:
     import logging
 
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from transformers.utils import logging as transformers_logging
 
-    from cppo_lightning.callbacks import FailureCheckpoint, PredictionWriter, Shutdown
+    from cppo_lightning.callbacks import EvaluationReport, FailureCheckpoint, PredictionWriter, Shutdown
     from cppo_lightning.datamodule import RolloutDataModule
+    from cppo_lightning.errors import ConfigError
     from cppo_lightning.module import RLVRModule
+    from cppo_lightning.parser import DryRun, Parser
+    from cppo_lightning.preflight import preflight
     from cppo_lightning.resume import checkpoint_path
     from cppo_lightning.untrusted import check_checkpoint
 
@@ -100,11 +108,11 @@ def _run_trainer(args: list[str] | None) -> None:
 
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
             others = f"Further commands, each with a --help of its own: {', '.join(_OTHER_COMMANDS)}"
-            parser = super().init_parser(**{**kwargs, "prog": "python -m cppo_lightning", "epilog": others})
-            parser.allow_abbrev = False  # a key cut short is a misspelt key
-            # an error names its key; 200 lines of usage before it would bury that
-            parser.print_usage = lambda file=None: None
-            return parser
+            return super().init_parser(**{**kwargs, "prog": "python -m cppo_lightning", "epilog": others})
+
+        def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+            super().setup_parser(*args, **kwargs)
+            self._subcommand_parsers["fit"].add_argument("--dry_run", action=DryRun)
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.link_arguments("model.policy.path", "data.model")
@@ -128,11 +136,29 @@ def _run_trainer(args: list[str] | None) -> None:
             if run.ckpt_path is not None and subcommand == "fit":
                 self.datamodule.expect(check_checkpoint(run.ckpt_path))
 
+        def before_instantiate_classes(self) -> None:
+            self.dry_run = cast("Parser", self._subcommand_parsers["fit"]).dry_run
+            if self.dry_run:
+                self.save_config_callback = None
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            if self.dry_run:
+                preflight(self.trainer, self.model, self.datamodule)
+            else:
+                super()._run_subcommand(subcommand)
+
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            trainer = super().instantiate_trainer(**kwargs)
+            try:
+                trainer = super().instantiate_trainer(**kwargs)
+            except (MisconfigurationException, ValueError) as error:  # devices that are not there, a strategy that is none
+                raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+            if self.dry_run:
+                return trainer  # what ends a run, or saves it, has nothing to do
             callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-            if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
-                callbacks.append(PredictionWriter())
+            results = {"validate": EvaluationReport, "test": EvaluationReport, "predict": PredictionWriter}
+            writer = results.get(str(self.subcommand))
+            if writer is not None and not any(isinstance(c, writer) for c in callbacks):
+                callbacks.append(writer())
             if trainer.checkpoint_callbacks and not any(isinstance(c, FailureCheckpoint) for c in callbacks):
                 callbacks.append(FailureCheckpoint())
             callbacks.append(Shutdown())
@@ -145,6 +171,7 @@ def _run_trainer(args: list[str] | None) -> None:
         CPPOCLI(
             RLVRModule,
             RolloutDataModule,
+            parser_class=Parser,
             parser_kwargs={"parser_mode": "omegaconf"},
             seed_everything_default=1,
             auto_configure_optimizers=False,

@@ -15,19 +15,19 @@ ROOT = "cppo_lightning"
 
 # A module imports from columns to its left only, or from its own package.
 ORDER = (
-    {"errors", "interrupts"},
-    {"batch", "untrusted", "ranks", "rank_watch", "resume"},
+    {"errors", "interrupts", "estimators"},
+    {"batch", "untrusted", "ranks", "rank_watch", "resume", "figures", "metric_dictionary"},
     {"divergences", "observers", "advantages", "losses", "logprobs", "lora", "model_card", "theory", "small_models"},
     {"policy_config"},
     {"trust_regions", "verifiers", "policy", "metrics"},
-    {"mismatch", "strategies"},
+    {"mismatch", "strategies", "positions", "history"},
     {"prompts"},
     {"engines"},
     {"rollout"},
     {"module", "datamodule"},
     {"replay"},
     {"callbacks", "export", "resume_traces"},
-    {"resume_check"},
+    {"resume_check", "parser", "preflight"},
     {"cli"},
     {"__main__", "__init__"},
 )

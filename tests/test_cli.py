@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -46,11 +47,59 @@ def fit_debug(*arguments: str, subcommand: str = "fit") -> None:
     main([subcommand, "--config", str(CONFIGS / "debug.yaml"), *arguments])
 
 
+def in_yaml(text: str) -> list[str]:
+    """A config of this text, which need not be a file."""
+    return ["--config", text]
+
+
+DIVERGENCE = "--model.trust_region.init_args.divergence"
 BAD_INPUT = {
-    "misspelt key": (["--model.polcy.path=x"], "model.polcy.path"),
-    "key cut short": (["--model.micro_batch_token=512"], "model.micro_batch_token"),
-    "misspelt key of a class": (["--model.trust_region.init_args.detla=1"], "'detla' is not accepted"),
-    "unknown class": (["--model.trust_region=cppo_lightning.trust_regions.CPO"], "CPO"),
+    "misspelt key": (["--model.polcy.path=x"], r"model\.polcy\.path.*did you mean model\.policy\.path\?$"),
+    "misspelt class key": (["--model.trust_regoin=CPPO"], r"model\.trust_regoin.*did you mean model\.trust_region\?$"),
+    "two misspelt keys": (["--dry_rn", "--trainer.max_epoch=3"], r"did you mean dry_run, trainer\.max_epochs\?$"),
+    "key cut short": (["--model.micro_batch_token=512"], r"did you mean model\.micro_batch_tokens\?$"),
+    "key like no other": (["--model.zzz=1"], r"unrecognized arguments: --model\.zzz=1$"),
+    "misspelt section in YAML": (in_yaml("{modell: {policy: {path: x}}}"), r"did you mean model\.policy\.path\?$"),
+    "misspelt key in YAML": (
+        in_yaml("{model: {trust_regoin: {class_path: CPPO}}}"),
+        r"trust_regoin\.class_path'; did you mean model\.trust_region\?$",
+    ),
+    "misspelt deep key in YAML": (in_yaml("{data: {plan: {promts: 8}}}"), r"did you mean data\.plan\.prompts\?$"),
+    "misspelt key in init_args in YAML": (
+        in_yaml("{model: {trust_region: {class_path: CPPO, init_args: {detla: 1}}}}"),
+        r"'detla' is not accepted; did you mean delta\?$",
+    ),
+    "misspelt key in a list in YAML": (
+        in_yaml("{trainer: {callbacks: [{class_path: cppo_lightning.callbacks.MaskRate, init_args: {bin: 4}}]}}"),
+        r"'bin' is not accepted.*did you mean bins\?$",
+    ),
+    "misspelt key in an optional setting": (
+        in_yaml("{data: {evaluation: {prompts: {class_path: ReasoningGymPrompts, init_args: {nme: x}}}}}"),
+        r"'nme' is not accepted.*did you mean name\?$",
+    ),
+    "misspelt key of a class": (
+        ["--model.trust_region.init_args.detla=1"],
+        r"'detla' is not accepted; did you mean delta\?$",
+    ),
+    "misspelt key of a class within": ([f"{DIVERGENCE}.init_args.kk=3"], r"'kk' is not accepted; did you mean k\?$"),
+    "misspelt key of an optimizer": (["--model.optimizer.init_args.lrr=1"], r"'lrr' is not accepted.*did you mean lr\?$"),
+    "misspelt key that a callback inherits": (
+        in_yaml("{trainer: {callbacks: [{class_path: RunCheckpoint, init_args: {save_topk: 1}}]}}"),
+        r"'save_topk' is not accepted.*did you mean save_top_k\?$",
+    ),
+    "unknown class": (
+        ["--model.trust_region=cppo_lightning.trust_regions.CPO"],
+        r"did you mean cppo_lightning\.trust_regions\.CPPO\?$",
+    ),
+    "unknown class by name": (["--model.trust_region=CPO"], r"did you mean CPPO\?$"),
+    "unknown class within": ([f"{DIVERGENCE}=TopKTVV"], r"did you mean TopKTV\?$"),
+    "unknown module": (
+        ["--model.trust_region=cppo_lightning.trust_region.CPPO"],
+        r"did you mean cppo_lightning\.trust_regions\.CPPO\?$",
+    ),
+    "unknown optimizer": (["--model.optimizer=AdmW"], r"did you mean AdamW\?$"),
+    "unknown callback": (["--trainer.callbacks+=MaskRte"], r"did you mean MaskRate\?$"),
+    "unknown word": (["--model.policy.dtype=flaot32"], r"Got value: flaot32; did you mean float32\?$"),
     "wrong type": (["--data.plan.prompts=many"], "data.plan.prompts"),
     "prompts that do not divide": (["--data.plan.prompts=5"], "data.plan.prompts = 5 .* does not divide"),
     "top-p": (["--data.sampling.top_p=0.9"], r"top_p 0\.9.*train with top_p 1"),
@@ -78,7 +127,18 @@ def test_bad_input_ends_with_one_line_before_any_model_is_loaded(case: str, caps
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert "usage:" not in error
-    assert re.search(message, error, re.DOTALL), error
+    assert re.search(message, error.strip(), re.DOTALL), error
+
+
+@pytest.mark.usefixtures("no_model", "in_tmp")
+@pytest.mark.parametrize("case", [case for case in BAD_INPUT if case.endswith("key in YAML")])
+def test_a_file_is_read_like_the_same_text(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (_, text), message = BAD_INPUT[case]
+    (tmp_path / "misspelt.yaml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        fit_debug("--config", "misspelt.yaml")
+    assert end.value.code == 2
+    assert re.search(message, capsys.readouterr().err.strip(), re.DOTALL)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -206,9 +266,13 @@ def test_evaluating_subcommands(subcommand: str, in_tmp: Path, capsys: pytest.Ca
         (written,) = in_tmp.rglob("predictions.jsonl")
         rows = [json.loads(line) for line in written.read_text().splitlines()]
         assert len(rows) == 10
-        assert set(rows[0]) == {"id", "prompt", "response", "answer", "extracted", "outcome", "reward", "tokens", "finished"}
+        places, answers = {"set", "number", "sample", "id", "step"}, {"outcome", "reward", "tokens", "finished"}
+        assert set(rows[0]) == places | answers | {"prompt", "response", "answer", "extracted"}
     else:
         assert f"{'val' if subcommand == 'validate' else 'test'}/accuracy" in out
+        assert "Evaluation at step 0, 2 samples per problem" in out
+        (kept,) = in_tmp.rglob("evaluations/evaluation/step=0.parquet")
+        assert pq.read_metadata(kept).num_rows == 10
 
 
 @pytest.mark.usefixtures("in_tmp", "no_model")
