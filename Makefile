@@ -24,7 +24,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # pyright's wrapper asks for newer versions of itself otherwise, and `make lint` has to work offline.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help quickstart quickstart-vllm debug install install-dev install-vllm test soak lint format clean
+.PHONY: help quickstart quickstart-vllm debug install install-dev install-vllm test soak lint format docs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -37,6 +37,7 @@ help:
 	@echo "make test             the tests; options for pytest in PYTEST_ARGS"
 	@echo "make soak             those that take minutes each, which CI runs too"
 	@echo "make lint             ruff and pyright;  make format  puts the code into form"
+	@echo "make docs             the pages of docs/ as a site, in build/docs"
 	@echo "make clean            delete .venv, models and builds (runs are kept)"
 
 quickstart: $(DONE)/install $(SMOLLM2)
@@ -63,6 +64,10 @@ lint: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm)
 format: $(DONE)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(DONE)/dev
+	$(BIN)/python -m sphinx --fail-on-warning --quiet --builder html docs build/docs
+	@echo "open build/docs/index.html"
 
 install: $(DONE)/install
 install-dev: $(DONE)/dev
@@ -95,7 +100,7 @@ $(DONE)/install: pyproject.toml requirements/cpu.txt $(DONE)/torch
 	@touch $@
 
 $(DONE)/dev: $(DONE)/install
-	@echo "== $(VENV): pytest, ruff, pyright, build"
+	@echo "== $(VENV): pytest, ruff, pyright, sphinx, build"
 	@$(INSTALL) -qq --editable '.[quickstart,dev]'
 	@touch $@
 

@@ -1,55 +1,76 @@
-"""The notebooks run from top to bottom and show what they say."""
+"""The notebooks run from top to bottom and show what they say, and what is stored in them is what they print and draw."""
 
 from __future__ import annotations
 
-import json
+import re
 import sys
+import tempfile
 import types
-from collections.abc import Iterator
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from cppo_lightning.metrics import bin_names, mask_totals
+from cppo_lightning.theory import improvement_bound
+from cppo_lightning.trust_regions import CPPO, DPPO
+from docs.run_notebooks import NOTEBOOKS, code_cells, execute
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-
-
-def cells(path: Path) -> list[dict[str, Any]]:
-    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-
-
-@pytest.fixture
-def drawn_nowhere() -> Iterator[None]:
-    plt.switch_backend("Agg")
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")  # matplotlib's use of tensors
 
 
-def execute(path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Run the code cells in one new module, as a kernel would in ``__main__``."""
-    module = types.ModuleType(path.stem)
-    monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look their module up
-    for number, cell in enumerate(cells(path), start=1):
-        exec(compile("".join(cell["source"]), f"{path.name}, code cell {number}", "exec"), module.__dict__)
-    return module
+@pytest.fixture(autouse=True)
+def temporary_folders_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def execute_all(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[types.ModuleType, list[list[dict[str, Any]]]]:
+    """The module in which the notebook's cells have run, and the outputs of each."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    return module, list(execute(NOTEBOOKS / f"{name}.ipynb", module))
+
+
+def texts(outputs: list[list[dict[str, Any]]]) -> list[str]:
+    return ["".join(output["text"]) for cell in outputs for output in cell if output["output_type"] == "stream"]
+
+
+def pictures(outputs: list[list[dict[str, Any]]]) -> list[np.ndarray]:
+    found = [output["data"]["image/png"] for cell in outputs for output in cell if output["output_type"] == "display_data"]
+    return [imread(BytesIO(b64decode(picture))) for picture in found]
+
+
+def assert_as_stored(name: str, outputs: list[list[dict[str, Any]]]) -> None:
+    """Pictures are compared by pixels with some room, since fonts are drawn a little differently by other versions."""
+    stored = [cell["outputs"] for cell in code_cells(NOTEBOOKS / f"{name}.ipynb")]
+    assert texts(stored) == texts(outputs)
+    assert len(pictures(stored)) == len(pictures(outputs))
+    for there, drawn in zip(pictures(stored), pictures(outputs), strict=True):
+        assert there.shape == drawn.shape
+        assert np.mean(np.abs(there - drawn).max(-1) > 0.3) < 0.002
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_are_committed_without_outputs(path: Path) -> None:
-    assert cells(path)
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(path))
+def test_notebooks_are_committed_as_run_once_from_the_top(path: Path) -> None:
+    cells = code_cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    stored = [cell["outputs"] for cell in cells]
+    assert len(texts(stored)) > 1
+    assert len(pictures(stored)) > 0
+    assert path.stat().st_size < 250_000
+    assert not {"Error", "Traceback"} & {word for text in texts(stored) for word in text.split()}
+    assert not re.search(r"/(home|root|tmp|Users)/", " ".join(texts(stored)))
 
 
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")  # matplotlib's use of tensors
-@pytest.mark.usefixtures("drawn_nowhere")
 def test_where_may_it_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = execute(NOTEBOOKS / "where_may_it_move.ipynb", monkeypatch)
+    told, outputs = execute_all("where_may_it_move", monkeypatch)
+    assert_as_stored("where_may_it_move", outputs)
     stats, bins = told.stats, told.BINS
-    assert set(told.gates) == {"PPOClip", "CPPO", "DriftCap"}
     for gate in told.gates.values():
         # the curves are those that MaskRate would log
         expected = mask_totals(stats, gate, bins)
@@ -66,3 +87,68 @@ def test_where_may_it_move(monkeypatch: pytest.MonkeyPatch) -> None:
     # a larger budget drops fewer tokens
     assert told.rates == sorted(told.rates, reverse=True)
     assert told.rates[0] > told.rates[-1]
+
+
+def test_trust_regions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, outputs = execute_all("trust_regions_by_hand", monkeypatch)
+    assert_as_stored("trust_regions_by_hand", outputs)
+    assert {name: gate.keep[0].tolist() for name, gate in told.gates.items()} == told.by_hand
+    torch.testing.assert_close(told.found["threshold"][0], torch.tensor(told.c), rtol=0, atol=1e-6)
+    dropped = {name: [t for t, kept in enumerate(keeps, start=1) if not kept] for name, keeps in told.by_hand.items()}
+    assert dropped == {"PPO clip": [2], "DPPO": [3, 10], "CPPO": [3, 4, 5]}
+    assert told.found["masked_by_position"][0].nonzero().flatten().tolist() == [2]
+    # what it says at the end: no purse and no weight is DPPO
+    as_dppo = CPPO(told.BinaryTV(), delta_b=1.0, w_min=1.0, adaptive=False)(told.stats)
+    assert torch.equal(as_dppo.keep, DPPO(told.BinaryTV())(told.stats).keep)
+
+
+def test_the_bound_on_a_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, outputs = execute_all("the_bound_on_a_toy", monkeypatch)
+    assert_as_stored("the_bound_on_a_toy", outputs)
+    assert (told.missed <= told.allowed).all()
+    # the budget breaks at smaller steps than the threshold, and the bound holds while neither has
+    steps = [0.02 * n for n in range(1, 60)]
+    found = [
+        improvement_bound(told.mu, told.leaning(step), told.rewards, told.weights, told.thresholds, told.cppo.delta_b)
+        for step in steps
+    ]
+    by_budget = sum(bool(bound.budget_met) for bound in found)
+    by_threshold = sum(bool(bound.thresholds_met) for bound in found)
+    assert 0 < by_budget < by_threshold < len(steps)
+    for step, bound in zip(steps[:by_budget], found, strict=False):
+        gain = told.expected_reward(told.leaning(step), told.rewards) - told.expected_reward(told.mu, told.rewards)
+        assert bound.premises_hold
+        assert gain >= bound.value
+
+
+@pytest.mark.slow
+def test_your_own_trust_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, outputs = execute_all("your_own_trust_region", monkeypatch)
+    assert "padding changes nothing: True" in texts(outputs)[0]
+    assert told.gate.keep.tolist() == [[True, False, True, False]]
+    regions = told.found.regions
+    assert list(regions) == ["as recorded", "PPOClip", "DPPO", "CPPO"]
+    assert all(0 < numbers.dropped < 0.9 for numbers in regions.values())
+    # what it says of the picture: prefixes matter to two of them
+    for name in ("as recorded", "CPPO"):
+        assert regions[name].kept_at[0] > np.mean(regions[name].kept_at[5:])
+    # the recording is of the notebook's own class: asked again, it decides the same
+    again = told.replay(told.recording_of(told.folder / "debug" / "version_0"), [told.folder / "drift_cap.yaml"])
+    assert again.comparison.regions["drift_cap"].unlike_the_run == 0
+    assert len(pictures(outputs)) == 2
+
+
+@pytest.mark.slow
+def test_reading_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, outputs = execute_all("reading_a_run", monkeypatch)
+    assert set(told.entries) == set(told.scalars)
+    # the first update of a rollout drops nothing, and later ones do
+    starts = {event.step for event in told.scalars["rollout/reward"]}
+    rates = [(event.step in starts, event.value) for event in told.scalars["mask/rate"]]
+    assert all(rate == 0 for first, rate in rates if first)
+    assert max(rate for first, rate in rates if not first) > 0
+    # the evaluation's rows give back what was logged
+    assert len(told.files) == len(told.scalars["eval/sums/avg@4"]) == 3
+    assert told.by_problem.mean() == pytest.approx(told.scalars["eval/sums/avg@4"][-1].value, abs=1e-6)
+    assert "*response*" in told.text
+    assert len(pictures(outputs)) == 2

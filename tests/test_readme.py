@@ -1,4 +1,4 @@
-"""The README does what it says: its commands run or parse, its files are executed, its metrics are those that a run logs."""
+"""The README does what it says: its commands run or parse, its files are executed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -15,36 +14,20 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cppo_lightning import trust_regions
 from cppo_lightning.cli import main
 from tests import user_folder
+from tests.documents import blocks_of, contains, files_of
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 FIT = "python -m cppo_lightning fit "
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of the README."""
-
-    language: str
-    text: str
-
-    @property
-    def file(self) -> str | None:
-        """The file that it is to be saved as, from its first line; JSON Lines have no comments, and there is one of them."""
-        if self.language == "jsonl":
-            return "problems.jsonl"
-        found = re.match(r"# (\S+\.(?:py|yaml))\n", self.text)
-        return found.group(1) if found else None
-
-
-BLOCKS = [Block(language, text) for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)]
-FILES = {block.file: block.text for block in BLOCKS if block.file is not None}
-COMMANDS = [line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines()]
+BLOCKS = blocks_of(README)
+FILES = files_of(BLOCKS)
+COMMANDS = [line for block in BLOCKS for line in block.commands]
 # what a reader types, and the error that answers
 ANSWERS = re.findall(r"^\$ (.*)\n(error: .*)$", "".join(b.text for b in BLOCKS if b.language == "console"), re.MULTILINE)
 
@@ -52,7 +35,7 @@ ANSWERS = re.findall(r"^\$ (.*)\n(error: .*)$", "".join(b.text for b in BLOCKS i
 BY_MAKE_N = {
     "git clone URL cppo_lightning && cd cppo_lightning && make quickstart": "quickstart",  # runs whole by hand: minutes
     "make quickstart-vllm": "quickstart-vllm",  # runs whole by hand: minutes
-    "make debug": "debug",  # its fit command runs below, in test_metrics_table
+    "make debug": "debug",  # its fit command runs below, with one more config
 }
 TENSORBOARD = ".venv/bin/tensorboard --logdir runs"
 RUN = [
@@ -65,6 +48,7 @@ DATA = [
     for more in ("", "--config answer_and_form.yaml ")
 ]
 RANKS = "python -m cppo_lightning fit --config configs/debug.yaml --config configs/strategy/fsdp2.yaml --trainer.devices 2"
+DRY_RUN = "python -m cppo_lightning fit --config configs/debug.yaml --dry_run"
 RESUME_CHECK = "python -m cppo_lightning resume-check --config configs/debug.yaml --kills 2"
 CLUSTER = (
     "python -m cppo_lightning fit --config configs/base.yaml --config configs/trust_region/cppo.yaml --config cluster.yaml"
@@ -104,7 +88,7 @@ def resolved(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, dict
 
 
 def test_every_command_is_tested() -> None:
-    assert sorted(COMMANDS) == sorted([*BY_MAKE_N, TENSORBOARD, *RUN, *DATA, CLUSTER, RANKS, RESUME_CHECK])
+    assert sorted(COMMANDS) == sorted([*BY_MAKE_N, TENSORBOARD, *RUN, *DATA, CLUSTER, DRY_RUN, RANKS, RESUME_CHECK])
 
 
 def test_every_block_is_tested() -> None:
@@ -152,12 +136,6 @@ def test_the_cluster_command_parses(file: str, capsys: pytest.CaptureFixture[str
         assert contains(config[section], values)
 
 
-def contains(whole: object, part: object) -> bool:
-    if isinstance(whole, dict) and isinstance(part, dict):
-        return all(key in whole and contains(whole[key], value) for key, value in part.items())
-    return whole == part
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
 def test_trust_regions_change_with_one_more_config(command: str, folder: Path) -> None:
@@ -174,6 +152,12 @@ def test_ranks_and_a_run_that_is_killed(folder: Path) -> None:
     assert "rollout 3/3 | step" in done.stdout + done.stderr
     done = run(RESUME_CHECK, folder)
     assert "25 of 25" in done.stdout, done.stdout
+
+
+def test_a_dry_run_writes_nothing(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    assert "did not start" in run(DRY_RUN, folder).stdout
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.slow
@@ -196,68 +180,6 @@ def test_bad_settings_get_the_answer_shown(command: str, answer: str, capsys: py
 def test_two_bad_settings_are_shown() -> None:
     assert len(ANSWERS) == 2
     assert sum(block.text.count("$ ") for block in BLOCKS if block.language == "console") == 2
-
-
-# switches on what configs/debug.yaml leaves out, with a budget that no response can keep to
-EVERYTHING = """
-trainer:
-  callbacks+:
-    - class_path: cppo_lightning.callbacks.TextSamples
-    - class_path: cppo_lightning.callbacks.EvalAccuracy
-      init_args:
-        datasets:
-          sums:
-            class_path: cppo_lightning.rollout.ReasoningGymPrompts
-            init_args: {name: basic_arithmetic, size: 4, params: {min_digits: 1, max_digits: 1}}
-        samples: 2
-data:
-  prompts:
-    class_path: cppo_lightning.rollout.Mixture
-    init_args:
-      sources:
-        sums:
-          class_path: cppo_lightning.rollout.ReasoningGymPrompts
-          init_args: {name: basic_arithmetic, size: 50, params: {min_digits: 1, max_digits: 1}}
-  verifier:
-    class_path: cppo_lightning.verifiers.WeightedSum
-    init_args:
-      verifiers: {form: {class_path: cppo_lightning.verifiers.Format, init_args: {pattern: "[a-m]"}}}
-      weights: {form: 1.0}
-  evaluation:
-    prompts:
-      class_path: cppo_lightning.rollout.ReasoningGymPrompts
-      init_args: {name: basic_arithmetic, size: 4, params: {min_digits: 1, max_digits: 1}}
-    sampling: {max_tokens: 8}
-model:
-  trust_region: {init_args: {delta: 0.02, delta_b: 1.0e-6}}
-  reference_kl: {coef: 0.01}
-"""
-
-
-@pytest.mark.slow
-def test_metrics_table(folder: Path) -> None:
-    """Every tag in the table is logged by one real run (and its ``validate``), and every tag logged is in the table once."""
-    (folder / "everything.yaml").write_text(EVERYTHING)
-    for subcommand in ("fit", "validate"):
-        run(f"python -m cppo_lightning {subcommand} --config configs/debug.yaml --config everything.yaml", folder)
-    logged: set[str] = set()
-    for events in folder.glob("runs/debug/*/events.out.tfevents.*"):
-        reader = EventAccumulator(str(events))
-        reader.Reload()
-        logged |= {*reader.Tags()["scalars"], *(tag.removesuffix("/text_summary") for tag in reader.Tags()["tensors"])}
-    logged.remove("epoch")  # Lightning's own, from validate
-    patterns = {tag: re.compile(re.sub(r"<\w+>", r"[^/@-]+", tag)) for tag in table_tags()}
-    assert sorted(tag for tag, pattern in patterns.items() if not any(map(pattern.fullmatch, logged))) == []
-    matches = {tag: [p for p in patterns.values() if p.fullmatch(tag)] for tag in logged}
-    assert {tag for tag, found in matches.items() if len(found) != 1} == set()
-
-
-def table_tags() -> list[str]:
-    """First column of the table, as written there; ``<...>`` stands for a name."""
-    rows = re.findall(r"^\| (.*?) \|", README.partition("## What is measured")[2], re.MULTILINE)
-    tags = [tag for row in rows for tag in re.findall(r"`([^`]+)`", row)]
-    assert len(tags) > 30
-    return tags
 
 
 def test_trust_region_table() -> None:
