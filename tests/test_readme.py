@@ -156,7 +156,7 @@ def test_ranks_and_a_run_that_is_killed(folder: Path) -> None:
 
 def test_a_dry_run_writes_nothing(folder: Path) -> None:
     before = sorted(folder.rglob("*"))
-    assert "did not start" in run(DRY_RUN, folder).stdout
+    assert "nothing was trained" in run(DRY_RUN, folder).stdout
     assert sorted(folder.rglob("*")) == before
 
 
