@@ -21,12 +21,13 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cppo_lightning.batch import RolloutBatch, TokenStats, micro_batches
+from cppo_lightning.batch import RolloutBatch, TokenStats
 from cppo_lightning.callbacks.mismatch import MAXIMA, MEANS, mismatch_maxima, mismatch_totals
 from cppo_lightning.callbacks.weight_sync_canary import as_batch
 from cppo_lightning.metrics import Maxima, WeightedMeans, bin_names
 from cppo_lightning.policy import Policy, PolicyConfig
 from cppo_lightning.rollout import PromptTemplate, RolloutEngine, Sampling, TransformersEngine, VLLMEngine
+from cppo_lightning.sequences import micro_batches
 from cppo_lightning.trust_regions import CPPO
 from cppo_lightning.verifiers import Problem
 
@@ -89,7 +90,7 @@ def measure(
     means = WeightedMeans([*MEANS, EXTRA, *(f"mismatch/logp_gap_at/{name}" for name in bin_names(BINS))])
     maxima, every = Maxima(MAXIMA), []
     for part in micro_batches(batch, 4096):
-        stats = stats_of(policy, part, sampling.temperature)
+        stats = stats_of(policy, part.batch, sampling.temperature)
         gate = region(stats)
         means.update(mismatch_totals(stats, gate, region.delta, BINS))
         maxima.update(mismatch_maxima(stats, gate, region.delta))

@@ -118,22 +118,3 @@ class Gate:
     weight: Tensor  # [B, T] float32 >= 0, 0 where masked
     keep: Tensor  # [B, T] bool, False where the trust region dropped a token (and where masked)
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)  # [B, T] or [B] each
-
-
-def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[RolloutBatch]:
-    """Split a minibatch into parts of at most ``max_tokens`` padded tokens (a longer row gets a part of its own).
-
-    Rows are sorted by length first, which keeps padding small; each part is cut to its own longest prompt and response.
-    """
-    if not len(batch):
-        return []
-    lengths = batch.prompt_mask.sum(-1) + batch.response_mask.sum(-1)
-    parts: list[list[int]] = []
-    width = 0
-    order = lengths.argsort(descending=True, stable=True).tolist()
-    for row, length in zip(order, lengths[order].tolist(), strict=True):
-        if not parts or width * (len(parts[-1]) + 1) > max_tokens:
-            parts.append([])
-            width = length  # sorted: the first row of a part is its longest
-        parts[-1].append(row)
-    return [batch.select(torch.tensor(rows, device=batch.response_ids.device)) for rows in parts]

@@ -104,14 +104,15 @@ class RecomputedBatch(RolloutBatch):
         out = torch.zeros_like(batch.rollout_logp)
         for part, values in zip(parts, logp, strict=True):
             if len(batch):
-                out[part.group.to(out.device), : values.shape[1]] += values.to(out.device)
+                assert part.sample is not None, "numbered() gives it"
+                out[part.sample.to(out.device), : values.shape[1]] += values.to(out.device)
         return cls(**{f.name: getattr(batch, f.name) for f in fields(batch)} | {"old_logp": out})
 
 
 def numbered(batch: RolloutBatch) -> RolloutBatch:
-    """``batch`` without its top-K, ``group`` holding the rows' numbers: micro-batches are sorted, rows must find back."""
+    """``batch`` without its top-K, ``sample`` holding the rows' numbers: micro-batches are sorted, rows must find back."""
     rows = torch.arange(len(batch), device=batch.group.device)
-    return replace(batch, group=rows, topk_ids=None, topk_rollout_logp=None)
+    return replace(batch, sample=rows, topk_ids=None, topk_rollout_logp=None)
 
 
 def decoupled_gate(

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.tensor import DTensor
 
-from cppo_lightning.batch import RolloutBatch, micro_batches
+from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.lora import without_adapters
 from cppo_lightning.losses import LossAggregation, ReferenceKL, Totals, policy_gradient_loss, surrogate_value
@@ -31,6 +31,7 @@ from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig, check_precision
 from cppo_lightning.ranks import data_share, data_sum
 from cppo_lightning.resume import settle_loops
+from cppo_lightning.sequences import MicroBatch, micro_batches
 from cppo_lightning.strategies import FSDP2, ReadsShards
 from cppo_lightning.trust_regions import TrustRegion
 from cppo_lightning.untrusted import check_no_code, refusing
@@ -156,8 +157,8 @@ class RLVRModule(LightningModule):
         """
         parts = self._micro_batches(numbered(batch).to(self.trainer.strategy.root_device))
         with self.trainer.precision_plugin.train_step_context():
-            logp = [self._policy()(part, self.temperature).logp for part in parts]
-        return RecomputedBatch.assemble(batch, parts, logp)
+            logp = [self._policy()(part.batch, self.temperature, part.sequences).logp for part in parts]
+        return RecomputedBatch.assemble(batch, [part.batch for part in parts], logp)
 
     def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor] | None:
         """One optimizer step on one minibatch; None when there was nothing to train on or the gradient was not finite.
@@ -226,9 +227,10 @@ class RLVRModule(LightningModule):
             observer.on_nonfinite_step(self.trainer, self, batch, terms)
         self._optimizer().zero_grad()
 
-    def _accumulate(self, batch: RolloutBatch, totals: Totals) -> Tensor:
+    def _accumulate(self, part: MicroBatch, totals: Totals) -> Tensor:
         """Add one micro-batch's gradient; returns its shares ``[3]`` of surrogate, reference KL and mean entropy."""
-        output = self._policy()(batch, self.temperature)
+        batch = part.batch
+        output = self._policy()(batch, self.temperature, part.sequences)
         stats = batch.stats(output.logp.detach(), output.topk_logp)
         if self.anchor == "rollout":
             gate = self.trust_region(stats)
@@ -240,7 +242,7 @@ class RLVRModule(LightningModule):
         loss = policy_gradient_loss(output.logp, stats.advantages, gate, coefficients)
         reference_kl = loss.new_zeros(())
         if self.reference_kl is not None:
-            reference_kl = (coefficients * self.reference_kl(output.logp, self._reference_logp(batch))).sum()
+            reference_kl = (coefficients * self.reference_kl(output.logp, self._reference_logp(part))).sum()
             loss = loss + self.reference_kl.coef * reference_kl
         # ranks average their gradients, while the denominators are already global
         _, ranks = data_share(self.trainer)
@@ -249,19 +251,19 @@ class RLVRModule(LightningModule):
         return torch.stack([surrogate, reference_kl.detach(), output.entropy.sum() / totals.tokens])
 
     @torch.no_grad()
-    def _reference_logp(self, batch: RolloutBatch) -> Tensor:
+    def _reference_logp(self, part: MicroBatch) -> Tensor:
         """``[B, T]`` log-probabilities under the initial policy, which adapters leave in place."""
-        batch = replace(batch, topk_ids=None)
+        read = (replace(part.batch, topk_ids=None), self.temperature, part.sequences)
         if self.reference is not None:
-            return self.reference(batch, self.temperature).logp
+            return self.reference(*read).logp
         with without_adapters(self._policy()):
-            return self._policy()(batch, self.temperature).logp
+            return self._policy()(*read).logp
 
-    def _micro_batches(self, batch: RolloutBatch) -> list[RolloutBatch]:
+    def _micro_batches(self, batch: RolloutBatch) -> list[MicroBatch]:
         """This rank's micro-batches, filled up with blank ones to the longest rank's count: collectives must match."""
-        parts = micro_batches(batch, self.micro_batch_tokens)
+        parts = micro_batches(batch, self.micro_batch_tokens, self._policy().work)
         count = int(self.trainer.strategy.reduce(torch.tensor(len(parts), device=batch.response_ids.device), reduce_op="max"))
-        return parts + [batch.blank()] * (count - len(parts))
+        return parts + [MicroBatch.blank(batch)] * (count - len(parts))
 
     def _totals(self, batch: RolloutBatch) -> Totals:
         counts = torch.stack([batch.num_tokens, batch.response_mask.any(-1).sum()])

@@ -16,6 +16,7 @@ from cppo_lightning.errors import ConfigError
 from cppo_lightning.logprobs import Head, token_logprobs
 from cppo_lightning.lora import IS_ADAPTER, added_by_adapters
 from cppo_lightning.policy_config import PolicyConfig
+from cppo_lightning.sequences import Sequences, Work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,29 +76,49 @@ class Policy(nn.Module):
         # training mode is what gradient checkpointing asks for; with dropout off it is the same function
         return cls(model).train()
 
-    def forward(self, batch: RolloutBatch, temperature: float) -> ResponseLogProbs:
-        """Log-probabilities of ``batch``'s response tokens at ``temperature``, and of its top-K ids if it carries them."""
-        prompt, response = batch.prompt_ids.shape[1], batch.response_ids.shape[1]
-        attended = torch.cat([batch.prompt_mask, _attended(batch.response_mask)], dim=1)
+    def forward(self, batch: RolloutBatch, temperature: float, sequences: Sequences | None = None) -> ResponseLogProbs:
+        """Log-probabilities of ``batch``'s response tokens at ``temperature``, and of its top-K ids if it carries them.
+
+        ``sequences`` is what the model reads; None is each row by itself.
+        """
+        read = Sequences.of(batch) if sequences is None else sequences
         hidden = self.model.base_model(
-            input_ids=torch.cat([batch.prompt_ids, batch.response_ids], dim=1),
-            attention_mask=attended.long(),
-            # positions count real tokens, so that left padding changes nothing
-            position_ids=(attended.cumsum(-1) - 1).clamp(min=0),
+            input_ids=torch.cat([batch.prompt_ids.flatten(), batch.response_ids.flatten()])[read.source],
+            attention_mask=read.attention_mask(self.model.dtype),
+            position_ids=read.positions,
             use_cache=False,
         ).last_hidden_state
-        predicting = hidden[:, prompt - 1 : prompt + response - 1]  # state s_t predicts token t
-        mask = batch.response_mask
         flat = token_logprobs(
-            predicting[mask],
+            hidden.flatten(0, 1)[read.predicting],
             output_head(self.model, temperature),
-            batch.response_ids[mask],
-            None if batch.topk_ids is None else batch.topk_ids[mask],
+            batch.response_ids.flatten()[read.trained],
+            None if batch.topk_ids is None else batch.topk_ids.flatten(0, 1)[read.trained],
         )
+
+        def by_row(values: Tensor) -> Tensor:
+            shape = batch.response_mask.shape
+            out = values.new_zeros(shape.numel(), *values.shape[1:]).index_copy(0, read.trained, values)
+            return out.view(*shape, *values.shape[1:])
+
         return ResponseLogProbs(
-            logp=_unflatten(flat.logp, mask),
-            entropy=_unflatten(flat.entropy, mask),
-            topk_logp=None if flat.topk_logp is None else _unflatten(flat.topk_logp, mask),
+            logp=by_row(flat.logp),
+            entropy=by_row(flat.entropy),
+            topk_logp=None if flat.topk_logp is None else by_row(flat.topk_logp),
+        )
+
+    @property
+    def work(self) -> Work | None:
+        """Of a forward pass; None if attention is not that of a plain causal LM, in which no two responses share a sequence."""
+        config = self.model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        if set(kinds) != {"full_attention"} or windows or config._attn_implementation not in ("sdpa", "eager"):
+            return None
+        embedding: Any = self.model.get_input_embeddings()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Work(
+            per_token=2.0 * (sum(p.numel() for p in self.model.parameters()) - embedding.weight.numel()),
+            per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * size,
         )
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -214,15 +235,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _attended(response_mask: Tensor) -> Tensor:
-    """Everything up to a row's last trainable token is context, tokens inside that are not trained on included."""
-    return response_mask.flip(-1).cumsum(-1).flip(-1) > 0
-
-
-def _unflatten(values: Tensor, mask: Tensor) -> Tensor:
-    """``[N, ...]`` values of the unmasked positions to ``[B, T, ...]``, 0 elsewhere."""
-    out = values.new_zeros((*mask.shape, *values.shape[1:]))
-    out[mask] = values
-    return out

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cppo_lightning.batch import RolloutBatch, TokenStats, micro_batches
+from cppo_lightning.batch import RolloutBatch, TokenStats
 
 
 def make_batch(prompts: list[int], responses: list[int], k: int = 3, seed: int = 0) -> RolloutBatch:
@@ -24,25 +24,6 @@ def make_batch(prompts: list[int], responses: list[int], k: int = 3, seed: int =
         topk_rollout_logp=-torch.rand(b, t, k, generator=g) if k else None,
         sample=torch.arange(b),
     )
-
-
-def test_micro_batches_keep_every_token_and_the_budget() -> None:
-    batch = make_batch([3, 9, 2, 5, 4, 1], [4, 1, 30, 8, 8, 2])
-    parts = micro_batches(batch, 40)
-    assert sorted(i for part in parts for i in part.group.tolist()) == list(range(6))
-    for part in parts:
-        assert part.prompt_mask[:, 0].any(), "cut to the longest prompt"
-        assert part.response_mask[:, -1].any(), "cut to the longest response"
-        for i, row in enumerate(part.group.tolist()):
-            own, whole = part.response_mask[i], batch.response_mask[row]
-            for name in ("response_ids", "rollout_logp", "topk_ids", "topk_rollout_logp"):
-                assert torch.equal(getattr(part, name)[i][own], getattr(batch, name)[row][whole])
-            assert torch.equal(part.prompt_ids[i][part.prompt_mask[i]], batch.prompt_ids[row][batch.prompt_mask[row]])
-        longest = int((part.prompt_mask.sum(-1) + part.response_mask.sum(-1)).max())
-        assert len(part) * longest <= 40
-    assert len(micro_batches(batch, 1)) == 6
-    assert len(micro_batches(batch, 10_000)) == 1
-    assert micro_batches(batch.select(torch.tensor([], dtype=torch.int64)), 40) == []
 
 
 def test_a_hole_in_the_mask_loses_no_token() -> None:

@@ -401,7 +401,7 @@ def test_the_recomputed_anchor_is_the_policy_at_the_rollouts_start(
     tiny_model_path: Path, tmp_path: Path, precision: str
 ) -> None:
     clip = DecoupledClip()
-    module = make_module(tiny_model_path, trust_region=clip, anchor="recomputed", micro_batch_tokens=100)
+    module = make_module(tiny_model_path, trust_region=clip, anchor="recomputed", micro_batch_tokens=50)
     data = make_data(tiny_model_path, engine=Understating(), top_k=0)
     _, watch = fit(tmp_path, module, data, rollouts=1, precision=precision)
     count = watch.gates[0]  # micro-batches of the first update

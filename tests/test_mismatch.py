@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cppo_lightning.batch import RolloutBatch, TokenStats, micro_batches
+from cppo_lightning.batch import RolloutBatch, TokenStats
 from cppo_lightning.divergences import BinaryTV
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, Totals, policy_gradient_loss, surrogate_value
@@ -24,6 +24,7 @@ from cppo_lightning.mismatch import (
     decoupled_gate,
     numbered,
 )
+from cppo_lightning.sequences import micro_batches
 from cppo_lightning.trust_regions import CPPO, PPOClip
 from tests.test_cppo import random_stats
 from tests.worked import VECTORS
@@ -143,13 +144,13 @@ def test_micro_batches_find_back_to_their_rows(seed: int, tokens: int, blanks: i
     # a value of its own for every token, which goes where the token goes
     values = torch.arange(7 * 9).view(7, 9).float()
     whole = plain(make_batch(replace(stats, rollout_logp=values), values))
-    parts = micro_batches(numbered(whole), tokens)
+    parts = [part.batch for part in micro_batches(numbered(whole), tokens)]
     parts += [parts[0].blank()] * blanks
     back = RecomputedBatch.assemble(whole, parts, [part.rollout_logp * part.response_mask for part in parts])
     assert back.old_logp is not None
     assert torch.equal(back.old_logp[stats.mask], values[stats.mask])
     assert all(getattr(back, f.name) is getattr(whole, f.name) for f in fields(RolloutBatch))
-    for part in micro_batches(back, tokens):
+    for part in (found.batch for found in micro_batches(back, tokens)):
         assert isinstance(part, RecomputedBatch)
         assert part.old_logp is not None
         assert torch.equal(part.old_logp[part.response_mask], part.rollout_logp[part.response_mask])

@@ -13,13 +13,14 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 
-from cppo_lightning.batch import RolloutBatch, micro_batches
+from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.cli import main
 from cppo_lightning.engines import TransformersEngine
 from cppo_lightning.preflight.batches import Batches
 from cppo_lightning.preflight.section import Section
 from cppo_lightning.preflight.versions import KNOWN_TROUBLE, Setup
 from cppo_lightning.rollout import RolloutPlan
+from cppo_lightning.sequences import micro_batches
 from tests.user_folder import DEBUG
 
 TWO_SHARDS = ["--trainer.devices=2", "--config={trainer: {strategy: {class_path: cppo_lightning.strategies.FSDP2}}}"]
@@ -174,7 +175,7 @@ def test_micro_batches_are_those_of_training(budget: int, response: int) -> None
     whole = RolloutBatch(ones.long(), ones, zeros.long(), zeros == 0, zeros, zeros[:, 0], zeros[:, 0], numbers, numbers)
     parts = micro_batches(whole, budget)
     assert found.micro_batches(response) == len(parts)
-    assert max(len(part) * (7 + response) for part in parts) <= found.micro_batch
+    assert max(part.sequences.source.numel() for part in parts) <= found.micro_batch
 
 
 def test_steps_end_with_whichever_limit_comes_first() -> None:

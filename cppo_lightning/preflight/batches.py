@@ -65,7 +65,7 @@ class Batches:
         return min(ends, default=None)
 
     def micro_batches(self, response: int) -> int:
-        """Of one rank in one update, if every response has that many tokens and its prompt the median length."""
+        """Of one rank in one update, if every response has that many tokens, behind a prompt of its own of the median length."""
         rows = max(1, self.micro_batch_tokens // (round(statistics.median(self.prompt_tokens)) + response))
         return math.ceil(self.responses_per_update / rows)
 
@@ -88,7 +88,7 @@ class Batches:
                 "micro-batches per rank and step",
                 " to ".join(map(number, sorted({self.micro_batches(half), self.micro_batches(self.max_tokens)}))),
                 f"{number(self.micro_batch_tokens)} padded tokens each; responses of {number(half)} to "
-                f"{number(self.max_tokens)} tokens, prompt of median length",
+                f"{number(self.max_tokens)} tokens, prompt of median length; fewer where responses share it",
             ),
             (
                 "longest sequence",
