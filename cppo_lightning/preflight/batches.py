@@ -65,7 +65,7 @@ class Batches:
         return min(ends, default=None)
 
     def micro_batches(self, response: int) -> int:
-        """Of one rank in one update, if every response has that many tokens, behind a prompt of its own of the median length."""
+        """Of one rank in one update, if every response has that many tokens and a prompt of its own, of the median length."""
         rows = max(1, self.micro_batch_tokens // (round(statistics.median(self.prompt_tokens)) + response))
         return math.ceil(self.responses_per_update / rows)
 
