@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
-from cppo_lightning.batch import Gate, RolloutBatch, TokenStats
+from cppo_lightning.batch import Gate, TokenStats
 from cppo_lightning.callbacks import FailureCheckpoint, NonFiniteGuard, Shutdown
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.interrupts import INTERRUPTS, Interrupted
@@ -30,6 +30,7 @@ from cppo_lightning.losses import Totals
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.rank_watch import RankWatch
 from cppo_lightning.ranks import AllRanksInterrupted, check_signals, on_all_ranks
+from cppo_lightning.sequences import MicroBatch
 from cppo_lightning.trust_regions import TrustRegion
 from tests.callback_rig import scalars
 from tests.rank_rig import on_ranks
@@ -60,8 +61,8 @@ class Poison(TrustRegion):
 class InfinitePenalty(RLVRModule):
     """Its loss is infinite, its gradient is none that one would notice."""
 
-    def _accumulate(self, batch: RolloutBatch, totals: Totals) -> torch.Tensor:
-        return super()._accumulate(batch, totals) + torch.tensor([0.0, float("inf"), 0.0])
+    def _accumulate(self, part: MicroBatch, totals: Totals) -> torch.Tensor:
+        return super()._accumulate(part, totals) + torch.tensor([0.0, float("inf"), 0.0])
 
 
 def fit(
