@@ -77,40 +77,38 @@ def test_settings_that_cannot_work(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_run_is_killed_and_goes_on(
-    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The debug config with a rollout drawn ahead, which has no checkpoints of its own."""
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a run of configs/debug.yaml."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny").symlink_to(tiny_model_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_run_is_killed_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The debug config with a rollout drawn ahead, which has no checkpoints of its own."""
     with pytest.raises(SystemExit) as end:
         main(["resume-check", "--config", DEBUG, "--data.plan.max_staleness=1", "--kills=1", "--folder=runs"])
     out = capsys.readouterr().out
     assert end.value.code == 0, out
     assert "kill 1 of 1" in out
     assert "none" in out
-    saved = yaml.safe_load((tmp_path / "runs" / "killed" / "config.yaml").read_text())
+    saved = yaml.safe_load((folder / "runs" / "killed" / "config.yaml").read_text())
     assert saved["trainer"]["callbacks"][-2]["init_args"]["every_n_train_steps"] == 1
-    events = [json.loads(line)["event"] for line in (tmp_path / "runs" / "killed" / "0.jsonl").read_text().splitlines()]
+    events = [json.loads(line)["event"] for line in (folder / "runs" / "killed" / "0.jsonl").read_text().splitlines()]
     assert events.count("began") == 2
     assert events[-1] == "ended"
-    assert len(list((tmp_path / "runs" / "killed" / "logs").glob("events*"))) == 2
-    assert not (tmp_path / "runs" / "debug").exists(), "the config's own logger"
+    assert len(list((folder / "runs" / "killed" / "logs").glob("events*"))) == 2
+    assert not (folder / "runs" / "debug").exists(), "the config's own logger"
 
 
 @pytest.mark.vllm
 @pytest.mark.soak
-def test_vllm_twelve_kills_lose_and_repeat_nothing(
-    tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_vllm_twelve_kills_lose_and_repeat_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The debug config with vLLM in process, killed in the middle of updates and of rollouts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "tiny").symlink_to(tiny_model_path)
     engine = ["--data.engine=cppo_lightning.rollout.VLLMEngine", "--data.engine.max_model_len=256"]
     # slow enough that rewards go on varying, since a rollout of equal ones is not trained on
     longer = ["--trainer.max_epochs=8", "--model.optimizer.init_args.lr=1e-4"]
@@ -118,7 +116,7 @@ def test_vllm_twelve_kills_lose_and_repeat_nothing(
         main(["resume-check", "--config", DEBUG, *engine, *longer, "--kills=12", "--folder=runs"])
     out = capsys.readouterr().out
     assert "kill 12 of 12" in out
-    found = {row.what: row for row in compare(tmp_path / "runs" / "left_alone", tmp_path / "runs" / "killed")}
+    found = {row.what: row for row in compare(folder / "runs" / "left_alone", folder / "runs" / "killed")}
     assert found["problems by update"].first == ""
     assert found["problems by update"].total == 16
     responses = found["responses by update"]
