@@ -61,7 +61,11 @@ class LoRA:
         except ValueError as error:
             raise ConfigError(f"model.policy.lora.targets {self.targets!r}: {error}") from error
         for name, parameter in model.named_parameters():
-            if not parameter.is_meta and IS_ADAPTER.search(name):
+            if not IS_ADAPTER.search(name):
+                continue
+            # peft does so beside real weights and not beside those on the meta device, and FSDP2 shards one dtype together
+            parameter.data = parameter.data.to(model.dtype)
+            if not parameter.is_meta:
                 parameter.data.copy_(self.initial(name, parameter.shape))
 
     def initial(self, name: str, shape: torch.Size) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.lora import LoRA
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig
 from tests.test_batch import make_batch
@@ -119,3 +121,15 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
         PolicyConfig(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match=r"has no config.json"):
         PolicyConfig(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_have_the_models_dtype_with_weights_and_without(tiny_model_path: Path, dtype: Any) -> None:
+    config = PolicyConfig(str(tiny_model_path), dtype=dtype, lora=LoRA(rank=3))
+    held, planned = (
+        {name: (p.shape, p.dtype, p.requires_grad) for name, p in make(config).named_parameters()}
+        for make in (Policy.load, Policy.without_weights)
+    )
+    assert held == planned
+    assert {kind for _, kind, _ in held.values()} == {getattr(torch, dtype)}
+    assert {trained for *_, trained in held.values()} == {True, False}
