@@ -76,7 +76,8 @@ def ours(config: str, rollouts: int, folder: Path) -> tuple[list[float], float]:
     (folder / "more.yaml").write_text(yaml.safe_dump(more))
     logger = f"--trainer.logger.init_args.save_dir={folder}"
     run(*COMMAND, "fit", "--config", config, "--config", str(folder / "more.yaml"), logger)
-    run(*COMMAND, "export", str(folder / "last.ckpt"), str(folder / "model"))
+    (resolved,) = folder.glob("*/*/config.yaml")
+    run(*COMMAND, "export", "--config", str(resolved), str(folder / "last.ckpt"), str(folder / "model"))
     return json.loads((folder / "seconds.json").read_text()), accuracy(folder)
 
 
