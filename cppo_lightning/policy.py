@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from cppo_lightning.batch import RolloutBatch
 
 
+# model types in which a response behind a branched prompt is what it is alone; tests hold each of them to it
+PLAIN_CAUSAL = frozenset({"gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe"})
+
+
 @dataclass(frozen=True)
 class ResponseLogProbs:
     """What the policy says of a rollout's tokens; float32, only ``logp`` carries a gradient, 0 where masked."""
@@ -108,8 +112,11 @@ class Policy(nn.Module):
 
     @property
     def work(self) -> Work | None:
-        """Of a forward pass; None if attention is not that of a plain causal LM, in which no two responses share a sequence."""
+        """Of a forward pass; None if no two responses can share a sequence: nothing but full causal attention over rotated
+        positions may pass information on, which is known of :data:`PLAIN_CAUSAL` alone."""
         config = self.model.config.get_text_config(decoder=True)
+        if config.model_type not in PLAIN_CAUSAL:
+            return None
         kinds = getattr(config, "layer_types", None) or ["full_attention"]
         windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         if set(kinds) != {"full_attention"} or windows or config._attn_implementation not in ("sdpa", "eager"):

@@ -61,12 +61,13 @@ class Sequences:
         prompts, responses = lengths
         (count, width), prompt_width = mask.shape, batch.prompt_ids.shape[1]
         longest = max((prompts[r[0]] + sum(responses[i] for i in r) for r in rows), default=0)
-        source, positions, branch = (torch.full((len(rows), longest), value) for value in (0, 0, -1))
+        source, branch = (torch.full((len(rows), longest), value) for value in (0, -1))
+        # padding counts on: transformers takes positions that begin anew for several packed sequences, and would mask them
+        positions = torch.arange(longest).repeat(len(rows), 1)
         state = torch.zeros(count, width, dtype=torch.int64)  # that predicts each token
         for n, members in enumerate(rows):
             prompt = end = prompts[members[0]]
             source[n, :end] = torch.arange(prompt_width - prompt, prompt_width) + members[0] * prompt_width
-            positions[n, :end] = torch.arange(prompt)
             branch[n, :end] = 0
             for number, row in enumerate(members, 1):
                 place = slice(end, end + responses[row])

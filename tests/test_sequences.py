@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cppo_lightning.batch import RolloutBatch
-from cppo_lightning.policy import Policy, PolicyConfig
+from cppo_lightning.policy import PLAIN_CAUSAL, Policy, PolicyConfig
 from cppo_lightning.sequences import MicroBatch, Work, micro_batches
 from tests.test_batch import make_batch
 
@@ -110,22 +110,56 @@ def gradients(policy: Policy, value: Tensor) -> list[Tensor]:
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
 
-def test_models_whose_attention_is_another_share_nothing() -> None:
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-    }
-    plain, window = LlamaConfig(**sizes), MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8)
-    models = [Policy(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")) for config in (plain, window)]
-    work = models[0].work
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256},
+    **{"num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "sliding_window": None},
+}
+
+
+def random_model(kind: str, **settings: Any) -> Policy:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | settings)
+    attention = "eager" if kind in ("mamba", "bloom") else "sdpa"  # these two have no other
+    return Policy(AutoModelForCausalLM.from_config(config, attn_implementation=attention)).eval()
+
+
+@pytest.mark.parametrize("kind", sorted(PLAIN_CAUSAL))
+def test_in_every_kind_of_model_that_may_sharing_changes_no_number(kind: str) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if kind == "qwen3_moe" else {}
+    policy, batch = random_model(kind, **experts), grouped([[3, 4, 1, 6]], [9])
+    work = policy.work
     assert work is not None
-    assert models[1].work is None
-    # two matrix products with every weight but the embedding's; scores and sums of values for every head
-    parameters = sum(p.numel() for p in models[0].parameters()) - 64 * 32
-    assert work == Work(2.0 * parameters, 4.0 * 2 * 32)
+    (part,) = micro_batches(batch, 100, work)
+    assert part.sequences.branches == 4
+    rows = part.batch.sample
+    assert rows is not None
+    with torch.no_grad():
+        alone, shared = policy(batch, 1.0), policy(part.batch, 1.0, part.sequences)
+    assert float(alone.logp.min()) < -1
+    torch.testing.assert_close(shared.logp, alone.logp[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_work_counts_matrices_and_pairs() -> None:
+    """Two operations with every weight but the embedding's; scores and sums of values for every head."""
+    policy = random_model("llama")
+    parameters = sum(p.numel() for p in policy.parameters()) - 256 * 32
+    assert policy.work == Work(2.0 * parameters, 4.0 * 2 * 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("mamba", {"state_size": 4}),
+        ("bloom", {"n_head": 2, "n_layer": 2}),  # positions are distances, counted along the whole sequence
+        ("gemma3_text", {"sliding_window": 8}),
+    ],
+)
+def test_models_that_pass_information_on_otherwise_share_nothing(kind: str, settings: dict[str, Any]) -> None:
+    policy = random_model(kind, **settings)
+    assert policy.work is None
+    (part,) = micro_batches(grouped([[3, 4]], [9]), 100, policy.work)
+    assert part.sequences.branches == 1
 
 
 def test_a_group_of_different_prompts_is_refused() -> None:
