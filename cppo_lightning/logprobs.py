@@ -1,20 +1,25 @@
-"""Log-probabilities of chosen tokens straight from hidden states, in chunks, so that ``[N, V]`` float32 never exists at once.
+"""Log-probabilities of chosen tokens straight from hidden states, a slice of the vocabulary at a time: ``[N, V]`` never exists.
 
-Shapes: N token positions, H hidden size, V vocabulary, K top-k entries.
+Shapes: N token positions, H hidden size, V vocabulary, v tokens of one slice of it, K top-k entries.
 """
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# logits of one chunk: 64 MiB of float32
+# float32 logits of one slice: 64 MiB; on a CPU 8 MiB, which stay in its cache while softmax goes over them
 CHUNK_ELEMENTS = 2**24
+CPU_CHUNK_ELEMENTS = 2**21
+# narrower matrix products are slow
+_LEAST_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -44,100 +49,154 @@ class Head:
     soft_cap: float | None = None
     scale: float = 1.0
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[c, V]`` float32 for ``[c, H]`` hidden states, after scale, cap and temperature."""
-        out = _matmul_float32(hidden, self.weight.t())
+    def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
+        """``[N, v]`` float32 at ``columns`` of the vocabulary, for ``[N, H]`` hidden states; after scale, cap, temperature."""
+        out = _linear(hidden, self.weight[columns])
         if self.bias is not None:
-            out += self.bias
+            out += self.bias[columns]
         if self.scale != 1.0:
             out *= self.scale
         if self.soft_cap is not None:
             out = out.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return out if self.temperature == 1.0 else out.div_(self.temperature)
 
-    def grad_logits(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient at the raw product ``hidden @ weight.T`` from the gradient at :meth:`logits`; overwrites ``grad``."""
-        if self.soft_cap is not None:
-            grad *= 1 - (logits * (self.temperature / self.soft_cap)).square_()
-        return grad.mul_(self.scale / self.temperature)
+    def cap_slope(self, logits: Tensor) -> Tensor | None:
+        """``[N, v]`` derivative of the soft cap where it gave ``logits``; None without one."""
+        if self.soft_cap is None:
+            return None
+        return 1 - (logits * (self.temperature / self.soft_cap)).square_()
 
 
 def token_logprobs(hidden: Tensor, head: Head, ids: Tensor, topk_ids: Tensor | None = None) -> TokenLogProbs:
     """Log-probability of ``ids`` ``[N]`` (and of ``topk_ids`` ``[N, K]``) given ``hidden`` ``[N, H]``.
 
-    Exact: float32 logits, one logsumexp over the whole vocabulary.  Gradients flow to ``hidden``, the weight and the bias.
+    Exact: float32 logits, summed over the whole vocabulary.  Gradients flow to ``hidden``, the weight and the bias.  An id that
+    is not in the vocabulary gets nan.
     """
-    logp, entropy, topk_logp = _TokenLogProbs.apply(hidden, head.weight, head.bias, ids, topk_ids, head)  # type: ignore[misc]
+    wanted = ids[:, None] if topk_ids is None else torch.cat([ids[:, None], topk_ids], -1)
+    logp, entropy, topk_logp = _TokenLogProbs.apply(hidden, head.weight, head.bias, wanted, head)  # type: ignore[misc]
     return TokenLogProbs(logp, entropy, topk_logp if topk_ids is not None else None)
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Keeps hidden states and one logsumexp per token; the backward pass makes each chunk's logits again."""
+    """Keeps hidden states and one logsumexp per token; the backward pass makes each slice's logits again."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, topk_ids: Tensor | None, head: Head
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n = hidden.shape[0]
-        lse, logp, entropy = (hidden.new_empty(n, dtype=torch.float32) for _ in range(3))
-        topk_logp = hidden.new_empty((n, 0 if topk_ids is None else topk_ids.shape[-1]), dtype=torch.float32)
-        for rows in _chunks(n, weight.shape[0]):
-            logits = head.logits(hidden[rows])
-            lse[rows] = logits.logsumexp(-1)
-            logp[rows] = logits.gather(-1, ids[rows, None]).squeeze(-1) - lse[rows]
-            if topk_ids is not None:
-                topk_logp[rows] = logits.gather(-1, topk_ids[rows]) - lse[rows, None]
-            log_pi = logits.sub_(lse[rows, None])
-            entropy[rows] = -torch.linalg.vecdot(log_pi.exp(), log_pi)
+        softmax = _RunningSoftmax(wanted)
+        rows = _operand(hidden)
+        for columns in _slices(hidden, weight):
+            softmax.add(head.logits(rows, columns), columns)
+        lse, entropy = softmax.lse, softmax.entropy
+        topk_logp = softmax.logits[:, 1:] - lse[:, None]
         ctx.head = head
-        ctx.save_for_backward(hidden, weight, bias, ids, lse)
+        ctx.save_for_backward(hidden, weight, bias, wanted[:, :1], lse)
         ctx.mark_non_differentiable(entropy, topk_logp)
-        return logp, entropy, topk_logp
+        return softmax.logits[:, 0] - lse, entropy, topk_logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logp = grads[0]
         hidden, weight, bias, ids, lse = ctx.saved_tensors
         head: Head = ctx.head
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        # float32 sums over chunks also where the weight is bf16
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = head.logits(hidden[rows])
+        grad_logp = grads[0][:, None] * (head.scale / head.temperature)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
+        # each slice writes its part; without tokens there is none
+        new = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_weight, grad_bias = new(weight) if want_weight else None, new(bias) if want_bias else None
+        rows, features = _operand(hidden), _operand(hidden.t()) if want_weight else None
+        for columns in _slices(hidden, weight):
+            logits = head.logits(rows, columns)
+            slope = head.cap_slope(logits)
             # d logp / d logits = onehot - softmax
-            grad = (logits - lse[rows, None]).exp_().mul_(-grad_logp[rows, None])
-            grad.scatter_add_(-1, ids[rows, None], grad_logp[rows, None])
-            grad = head.grad_logits(grad, logits)
+            grad = logits.sub_(lse[:, None]).exp_().mul_(-grad_logp)
+            place, inside = _place(ids, columns)
+            grad.scatter_add_(-1, place, grad_logp * inside)
+            if slope is not None:
+                grad *= slope
             if grad_bias is not None:
-                # the bias is added before the scale, as the raw product is
-                grad_bias += grad.sum(0)
-            cast = grad.to(weight.dtype)
+                grad_bias[columns] = grad.sum(0)
+            # tensor cores take two factors of one dtype
+            grad = grad.to(weight.dtype) if grad.is_cuda else grad
             if grad_hidden is not None:
-                grad_hidden[rows] = _matmul_float32(cast, weight)
-            if grad_weight is not None:
-                grad_weight += _matmul_float32(cast.t(), hidden[rows])
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+                grad_hidden += _linear(grad, weight[columns].t())
+            if grad_weight is not None and features is not None:
+                grad_weight[columns] = _linear(grad.t(), features)
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
-def _chunks(n: int, vocabulary: int) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+class _RunningSoftmax:
+    """What softmax over the vocabulary needs of logits that come in slices.
+
+    Args:
+        wanted: ``[N, K]`` ids whose logits are kept.
+    """
+
+    def __init__(self, wanted: Tensor) -> None:
+        column = torch.zeros(len(wanted), 1, device=wanted.device)
+        self.wanted = wanted
+        self.logits = torch.full_like(wanted, torch.nan, dtype=torch.float32)  # [N, K]
+        # [N, 1] each: the largest logit; over all logits, sums of w = exp(logit - largest) and of w (logit - largest)
+        self._largest = torch.full_like(column, torch.finfo(torch.float32).min)
+        self._sum, self._moment = column, column
+
+    def add(self, logits: Tensor, columns: slice) -> None:
+        """Take in ``[N, v]`` logits of ``columns`` of the vocabulary; overwrites them."""
+        place, inside = _place(self.wanted, columns)
+        self.logits = torch.where(inside, logits.gather(-1, place), self.logits)
+        largest = torch.maximum(self._largest, logits.amax(-1, keepdim=True))
+        shift, self._largest = self._largest - largest, largest
+        weights = logits.sub_(largest).exp()
+        self._moment = (self._moment + shift * self._sum) * shift.exp()
+        self._sum = self._sum * shift.exp() + weights.sum(-1, keepdim=True)
+        self._moment += weights.mul_(logits).sum(-1, keepdim=True)
+
+    @property
+    def lse(self) -> Tensor:
+        """``[N]`` logsumexp of the logits."""
+        return (self._largest + self._sum.log()).squeeze(-1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """``[N]`` nats."""
+        return (self._sum.log() - self._moment / self._sum).squeeze(-1)
 
 
-def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` accumulated and returned in float32, also under autocast, which would round the product to 8 bits."""
+def _place(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Where ids are within a slice of the vocabulary, and whether; one that is not gets some place in it."""
+    local = ids - columns.start
+    place = local.clamp(0, columns.stop - columns.start - 1)
+    return place, place == local
+
+
+def _slices(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the vocabulary whose logits, and whose part of the weight, are small enough to be held; none without tokens."""
+    (tokens, size), vocabulary = hidden.shape, len(weight)
+    elements = CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS
+    step = max(_LEAST_COLUMNS, elements // max(tokens, size))
+    return [slice(i, min(i + step, vocabulary)) for i in range(0, vocabulary if tokens else 0, step)]
+
+
+def _linear(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` accumulated and returned in float32, also under autocast, which would round the product to 8 bits."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == b.dtype == torch.float32:
-            return a @ b
-        if a.is_cuda and a.dtype == b.dtype:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return a.float() @ b.float()
+        if a.is_cuda:
+            same = a.dtype == b.dtype != torch.float32
+            return torch.mm(a, b.t(), out_dtype=torch.float32) if same else functional.linear(a.float(), b.float())
+        out = functional.linear(_operand(a), _operand(b))
+        return out.to_dense() if out.is_mkldnn else out
+
+
+def _operand(x: Tensor) -> Tensor:
+    """``x`` as :func:`_linear` multiplies it; what is multiplied often is best passed through here once.
+
+    On x86 CPUs that is oneDNN's layout: the products of torch's own come from MKL, which takes twice as long on those of AMD.
+    torch.compile cannot trace it.
+    """
+    if x.is_cuda or x.is_mkldnn:
+        return x
+    one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    x86 = x.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return x.float().contiguous().to_mkldnn() if one_dnn and x86 and not torch.compiler.is_compiling() else x.float()

@@ -110,13 +110,13 @@ def activation_parts(shape: ModelShape, layout: Layout, tokens: int) -> list[Par
     else:
         kept, note = (shape.layers + 1) * per_token, f"{shape.layers} layers, and one whose gradient is computed"
     chunk = min(tokens * shape.vocabulary, CHUNK_ELEMENTS) * _FLOAT32
-    head = 2 * shape.vocabulary * shape.hidden * _FLOAT32 if shape.head_is_trained else 0
+    head = shape.vocabulary * shape.hidden * width if shape.head_is_trained else 0
     return [
         Part("activations", tokens * kept, f"{number(tokens)} padded tokens, {note}", "training"),
         Part(
             "logits", 3 * chunk, f"3 chunks of {size(chunk)}; never {number(tokens)} x {number(shape.vocabulary)}", "training"
         ),
-        Part("the head's gradient", head, "float32, twice: its sum and the chunk's", "training"),
+        Part("the head's gradient", head, "a micro-batch's, before it is added to the sum", "training"),
     ]
 
 
