@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import platform
 import statistics
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from lightning.pytorch.callbacks import Callback
+from measure import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +52,7 @@ class HostMemory(Callback):
         """Runs once: prints ten of the notes, and what was gained between the first and the last tenth of them."""
         counted = self.notes[self.warm_up :]
         tenth = max(1, len(counted) // 10)
-        table = Table(title=f"{platform.machine()}, torch {torch.__version__}, {trainer.global_step} optimizer steps")
+        table = Table(title=f"{machine()}, {trainer.global_step} optimizer steps")
         for name in ("after rollout", "all processes, MiB", "trainer, MiB"):
             table.add_column(name, justify="right")
         for number, note in list(enumerate(self.notes, 1))[self.warm_up :: tenth]:

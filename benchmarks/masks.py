@@ -4,21 +4,15 @@
     python benchmarks/masks.py --only ppo_clip cppo_binary cppo_binary_fixed --rounds 30
 
 Trust regions take turns within a round, so that what else the machine does falls on all alike; ratios are taken within a round.
-On a CPU with glibc, freed memory is kept for the next call, as torch does on a GPU: otherwise the kernel gives fresh pages to
-every tensor above a size, which costs more than the arithmetic, and only where tensors are large (``--fresh-pages`` shows it).
+On a CPU with glibc, freed memory is kept for the next call, as torch does on a GPU; ``--fresh-pages`` shows what it saves.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import math
 import os
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,6 +24,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: 
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from measure import exponent, in_turns, keep_freed_memory, machine, ratio
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -77,22 +72,7 @@ def responses(rows: int, width: int, k: int, device: torch.device) -> TokenStats
         topk_rollout_logp=rest,
         topk_logp=rest + 0.1 * torch.randn(rest.shape, generator=g),
     )
-    return replace(stats, **{name: value.to(device) for name, value in vars(stats).items()})
-
-
-def seconds(call: Callable[[], Gate], repeats: int, device: torch.device) -> float:
-    """Of one call, mean over ``repeats``."""
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - started) / repeats
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return replace(stats, **{name: value.to(device) for name, value in vars(stats).items() if value is not None})
 
 
 def peak_bytes(call: Callable[[], Gate], device: torch.device) -> int:
@@ -110,21 +90,6 @@ def peak_bytes(call: Callable[[], Gate], device: torch.device) -> int:
     del result
     changes = sorted((e["ts"], i, e["args"]["Bytes"]) for i, e in enumerate(events) if e["name"] == "[memory]")
     return max(accumulate(change for _, _, change in changes), default=0)
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to give no memory back; False where there is no glibc."""
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
-
-
-def exponent(tokens: list[int], times: list[float]) -> float:
-    """b of the least-squares fit time = a tokens^b."""
-    return statistics.linear_regression([math.log(n) for n in tokens], [math.log(t) for t in times]).slope
 
 
 def main() -> None:
@@ -151,11 +116,10 @@ def main() -> None:
         calls: dict[str, Callable[[], Gate]] = {name: partial(region, stats) for name, region in regions.items()}
         for name, call in calls.items():
             peaks[name] = peak_bytes(call, device) / (rows * width)  # warms up as well; the last shape's stands
-            times[name].append([])
         repeats = max(1, 2**17 // (rows * width))  # a few milliseconds at least
-        for _ in track(range(options.rounds), description=f"[{rows}, {width}]"):
-            for name, call in calls.items():
-                times[name][-1].append(seconds(call, repeats, device))
+        rounds = track(range(options.rounds), description=f"[{rows}, {width}]")
+        for name, taken in in_turns(calls, rounds, device, repeats).items():
+            times[name].append(taken)
 
     tokens = [rows * width for rows, width in SHAPES]
     title = f"Milliseconds per call, fastest of {options.rounds} rounds; ratio (median) and memory are the largest shape's"
@@ -163,29 +127,18 @@ def main() -> None:
     table = Table(*head, "exponent", "clip = 1", "limit", "bytes/token", title=title)
     for name, shapes in times.items():
         fastest = [min(rounds) for rounds in shapes]
-        ratio = statistics.median(own / clip for own, clip in zip(shapes[-1], times[CLIP][-1], strict=True))
+        slower = ratio(shapes[-1], times[CLIP][-1])
         growth, limit = exponent(tokens, fastest), LIMITS.get(name)
         cells = [f"{1e3 * best:.3g}" for best in fastest]
-        cells += [mark(growth, EXPONENT_LIMIT), mark(ratio, limit), "" if limit is None else f"{limit:g}", f"{peaks[name]:.0f}"]
-        table.add_row(name, *cells)
+        cells += [mark(growth, EXPONENT_LIMIT), mark(slower, limit), "" if limit is None else f"{limit:g}"]
+        table.add_row(name, *cells, f"{peaks[name]:.0f}")
     console = Console()
     console.print(table)
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    pages = "freed memory kept" if kept else "allocator as it is"
-    console.print(f"{machine(device)}, {threads} threads, torch {torch.__version__}, {pages}, load {load:.1f}")
+    console.print(f"{machine(device)}, {'freed memory kept' if kept else 'allocator as it is'}")
 
 
 def mark(value: float, limit: float | None) -> str:
     return f"{value:.2f}" if limit is None or value <= limit else f"[red]{value:.2f} (over {limit:g})[/red]"
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import platform
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from measure import machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -131,9 +130,7 @@ def main() -> None:
         table.add_row(title, *(cell(values, tag) for values in found.values()))
     console = Console(width=200)
     console.print(table)
-    console.print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
-    )
+    console.print(machine())
 
 
 def cell(values: dict[str, float], tag: str) -> str:

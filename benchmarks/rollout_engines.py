@@ -2,41 +2,106 @@
 
     python benchmarks/rollout_engines.py --model models/SmolLM2-135M-Instruct
 
-Rollouts of the engines alternate in one process, so that what else the machine does falls on both alike.
+Rollouts take turns in one process, so that what else the machine does falls on all alike.  ``LLM.generate`` is vLLM by itself,
+on the same instance, without weights to take.  The second table says where the time of ``VLLMEngine``'s rollouts goes.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
-import torch
+from measure import in_turns, machine, ratio
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from cppo_lightning.engines.vllm.capture import CapturedResponse
 from cppo_lightning.policy import Policy, PolicyConfig
 from cppo_lightning.rollout import PromptTemplate, ReasoningGymPrompts, RolloutEngine, Sampling, TransformersEngine, VLLMEngine
 
+if TYPE_CHECKING:
+    from vllm import LLM
+
 SUMS = {"operators": ["+"], "allow_parentheses": False, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+# so hot that hardly any answer ends before its limit, and all engines draw the same number of tokens
+TEMPERATURE = 2.0
+PARTS = ("weights", "vLLM's core", "capture", "conversion")
 
 
-def rollouts(
-    engine: RolloutEngine, policy: Policy, prompts: list[list[int]], options: argparse.Namespace
-) -> Iterator[list[float]]:
-    """Yield [seconds to load weights, seconds to sample, tokens] for ever."""
-    sampling, version = Sampling(max_tokens=options.max_tokens), 0
-    while True:
-        started = time.perf_counter()
-        engine.load_weights(policy.named_weights(), version)
-        loaded = time.perf_counter()
-        completions = engine.generate(prompts, options.samples, sampling, options.top_k, seed=version)
-        yield [loaded - started, time.perf_counter() - loaded, float(sum(len(c.ids) for c in completions))]
-        version += 1
+@dataclass
+class Task:
+    """What every engine is given, and how many tokens each drew last."""
+
+    policy: Policy
+    prompts: list[list[int]]
+    samples: int
+    sampling: Sampling
+    top_k: int
+    seed: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def rollout(self, name: str, engine: RolloutEngine) -> None:
+        """Weights, then samples."""
+        self.seed += 1
+        engine.load_weights(self.policy.named_weights(), self.seed)
+        drawn = engine.generate(self.prompts, self.samples, self.sampling, self.top_k, self.seed)
+        self.tokens[name] = sum(len(completion.ids) for completion in drawn)
+
+    def plain(self, name: str, llm: LLM) -> None:
+        """The same samples by vLLM alone, with as many log-probabilities and without text."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+
+        params = SamplingParams(
+            n=self.samples,
+            max_tokens=self.sampling.max_tokens,
+            temperature=self.sampling.temperature,
+            logprobs=self.top_k,
+            detokenize=False,
+        )
+        llm.reset_prefix_cache()
+        requests: list[Any] = [tokens_input(prompt) for prompt in self.prompts]
+        drawn = llm.generate(requests, params, use_tqdm=False)
+        self.tokens[name] = sum(len(output.token_ids) for request in drawn for output in request.outputs)
+
+
+@contextmanager
+def spent(seconds: dict[str, float], engine: VLLMEngine, llm: LLM) -> Iterator[None]:
+    """Add to ``seconds`` what the block spends within calls of vLLM and of our own, by their names in the table."""
+    core = llm.llm_engine.engine_core
+    calls: list[tuple[str, Any, str]] = [
+        ("weights", engine, "load_weights"),
+        ("vLLM's core", llm.llm_engine.input_processor, "process_inputs"),
+        ("vLLM's core", core, "add_request"),
+        ("vLLM's core", core, "get_output"),
+        ("capture", CapturedResponse, "add"),
+        ("conversion", CapturedResponse, "completion"),
+    ]
+
+    def timed(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                seconds[name] += time.perf_counter() - started
+
+        return call
+
+    with ExitStack() as patches:
+        for name, owner, method in calls:
+            patches.enter_context(mock.patch.object(owner, method, timed(name, getattr(owner, method))))
+        yield
 
 
 def main() -> None:
@@ -44,9 +109,9 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[24, 128, 256], help="tokens of an answer")
     parser.add_argument("--top-k", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8, help="of the shortest answers; longer ones draw as many tokens")
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -54,32 +119,52 @@ def main() -> None:
     template = PromptTemplate(text="{{ problem }} Answer with only the number.")
     prompts = [template.encode(tokenizer, problem) for problem in problems]
     policy = Policy.load(PolicyConfig(options.model))
-    engines: dict[str, RolloutEngine] = {"embedded": TransformersEngine(), "vLLM": VLLMEngine()}
-    for engine in engines.values():
+    embedded, vllm = TransformersEngine(), VLLMEngine(max_top_logprobs=options.top_k)
+    for engine in (embedded, vllm):
         engine.start(options.model)
-    streams = {name: rollouts(engine, policy, prompts, options) for name, engine in engines.items()}
-    for stream in streams.values():
-        next(stream)  # the first one warms up
-    figures: dict[str, list[list[float]]] = {name: [] for name in engines}
-    for _ in track(range(options.rounds), description="rollouts"):
-        for name, stream in streams.items():
-            figures[name].append(next(stream))
 
-    rows = options.prompts * options.samples
-    title = f"{rows} answers of at most {options.max_tokens} tokens, top-{options.top_k}; medians of {options.rounds} rollouts"
-    table = Table("engine", "weights s", "sampling s", "rollout s", "tokens/s", "rollout, vLLM = 1", title=title)
-    totals = {name: statistics.median(load + sample for load, sample, _ in rows) for name, rows in figures.items()}
-    for name, runs in figures.items():
-        load, sample = (statistics.median(run[i] for run in runs) for i in (0, 1))
-        speed = statistics.median(tokens / seconds for _, seconds, tokens in runs)
-        table.add_row(
-            name, f"{load:.2f}", f"{sample:.2f}", f"{totals[name]:.2f}", f"{speed:.0f}", f"{totals[name] / totals['vLLM']:.2f}"
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for engine in engines.values():
+    of = f"{options.prompts * options.samples} answers, top-{options.top_k}"
+    speeds = Table("tokens", "engine", "rollouts", "seconds", "tokens/s", "VLLMEngine = 1", title=of, box=MARKDOWN)
+    shares = Table("tokens", "seconds", *PARTS, "rest", "bookkeeping", title="Where a rollout of VLLMEngine goes", box=MARKDOWN)
+    for length in options.lengths:
+        task = Task(policy, prompts, options.samples, Sampling(length, TEMPERATURE), options.top_k)
+        measure(task, embedded, vllm, max(1, options.rounds * options.lengths[0] // length), speeds, shares)
+    console = Console(width=120)
+    for table in (speeds, shares):
+        console.print(table)
+    console.print(machine())
+    for engine in (embedded, vllm):
         engine.close()
+
+
+def measure(task: Task, embedded: TransformersEngine, vllm: VLLMEngine, rounds: int, speeds: Table, shares: Table) -> None:
+    """Add the figures of one length to both tables."""
+    llm, length = vllm._loaded(), task.sampling.max_tokens  # one vLLM for both: two do not fit in a process
+    seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+
+    def watched() -> None:
+        with spent(seconds, vllm, llm):
+            task.rollout("VLLMEngine", vllm)
+
+    calls = {
+        "embedded": partial(task.rollout, "embedded", embedded),
+        "VLLMEngine": watched,
+        "LLM.generate": partial(task.plain, "LLM.generate", llm),
+    }
+    if not speeds.rows:
+        for call in calls.values():
+            call()  # the first one warms up
+        seconds.update(dict.fromkeys(PARTS, 0.0))
+    taken = in_turns(calls, track(range(rounds), f"{length} tokens"))
+    for name, times in taken.items():
+        median = statistics.median(times)
+        slower = ratio(times, taken["VLLMEngine"])
+        speeds.add_row(f"{length}", name, f"{rounds}", f"{median:.2f}", f"{task.tokens[name] / median:.0f}", f"{slower:.2f}")
+    total = sum(taken["VLLMEngine"])
+    rest = total - sum(seconds.values())
+    ours = total - seconds["weights"] - seconds["vLLM's core"]
+    parts = (total, *seconds.values(), rest)
+    shares.add_row(f"{length}", *(f"{part / rounds:.3f}" for part in parts), f"{ours / total:.2%}")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ answers; and its engine, which samples.  At K = 0 the first two do all that they
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
-import torch
+from measure import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -77,7 +76,7 @@ def main() -> None:
         engine.close()
     console = Console()
     console.print(table)
-    console.print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    console.print(machine())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ The two ways alternate, so that what else the machine does falls on both alike.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import time
+from functools import partial
 
 import torch
+from measure import in_turns, machine, ratio
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,12 +41,10 @@ def group(prompt: int, response: int, samples: int, vocabulary: int) -> RolloutB
     )
 
 
-def seconds(policy: Policy, parts: list[MicroBatch]) -> float:
+def train(policy: Policy, parts: list[MicroBatch]) -> None:
     policy.zero_grad()
-    started = time.perf_counter()
     for part in parts:
         policy(part.batch, 1.0, part.sequences).logp.sum().backward()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -58,21 +56,22 @@ def main() -> None:
     options = parser.parse_args()
 
     policy = Policy.load(PolicyConfig(options.model))
-    table = Table(title=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    table = Table(title=machine())
     for name in ("prompt", "response", "behind one prompt", "tokens", "seconds", "alone = 1"):
         table.add_column(name, justify="right")
     for prompt, response in track(SHAPES, "shapes"):
         batch = group(prompt, response, options.samples, 1000)
         ways: list[Work | None] = [None, policy.work]
         parts = [micro_batches(batch, options.micro_batch_tokens, work) for work in ways]
-        seconds(policy, parts[1])  # the first pass of a shape is slower
-        taken = [[seconds(policy, way) for way in parts] for _ in range(options.rounds)]
+        train(policy, parts[1])  # the first pass of a shape is slower
+        calls = {name: partial(train, policy, way) for name, way in zip(("alone", "shared"), parts, strict=True)}
+        taken = in_turns(calls, range(options.rounds))
         shared = parts[1]
         table.add_row(
             *(str(prompt), str(response), str(max(part.sequences.branches for part in shared))),
             " / ".join(str(sum(int((part.sequences.branch >= 0).sum()) for part in way)) for way in parts),
-            " / ".join(f"{statistics.median(column):.2f}" for column in zip(*taken, strict=True)),
-            f"{statistics.median(one / alone for alone, one in taken):.2f}",
+            " / ".join(f"{statistics.median(rounds):.2f}" for rounds in taken.values()),
+            f"{ratio(taken['shared'], taken['alone']):.2f}",
         )
     Console().print(table)
 

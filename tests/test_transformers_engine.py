@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, PreTrainedModel
 
-from cppo_lightning.engines.draw import draw
+from cppo_lightning.engines.draw import BLOCK, draw
 from cppo_lightning.engines.engine import Completion, Sampling
 from cppo_lightning.engines.transformers_engine import TransformersEngine
 from cppo_lightning.errors import ConfigError, RolloutError
@@ -297,6 +297,27 @@ def test_models_and_requests_that_cannot_work(tiny_model_path: Path, tmp_path: P
     engine.close()
     with pytest.raises(RolloutError, match="start"):
         engine.generate(PROMPTS, 1, Sampling())
+
+
+def test_a_draw_is_where_its_uniform_number_falls_in_the_float64_cdf() -> None:
+    """Over several blocks, one of them impossible and the last one short; 1e-6 is what float32 sums may move a border by."""
+    rows, vocabulary = 4000, 3 * BLOCK + 17
+    logits = 3 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(0))
+    logits[BLOCK : 2 * BLOCK] = -math.inf
+    drawn = draw(logits.repeat(rows, 1), Sampling(), 0, torch.Generator().manual_seed(1))
+    uniform = torch.rand(rows, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))[:, 0]
+    expected = logits.double().log_softmax(-1)
+    ends = expected.exp().cumsum(-1)
+    assert bool(((ends - expected.exp())[drawn.ids] < uniform + 1e-6).all())
+    assert bool((uniform < ends[drawn.ids] + 1e-6).all())
+    assert {int(i) // BLOCK for i in drawn.ids} == {0, 2, 3}
+    torch.testing.assert_close(drawn.logp.double(), expected[drawn.ids], rtol=0, atol=2e-6)
+
+
+def test_logits_that_are_not_numbers_draw_a_token_with_no_log_probability() -> None:
+    drawn = draw(torch.full((2, BLOCK + 7), math.nan), Sampling(), 1, torch.Generator())
+    assert bool((drawn.ids < BLOCK + 7).all())
+    assert bool(drawn.logp.isnan().all())
 
 
 def test_draws_follow_the_distribution() -> None:

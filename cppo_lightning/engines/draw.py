@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # a nucleus rarely holds more tokens than this, and finding so few costs a fraction of a full sort
 NUCLEUS_GUESS = 256
+# about the root of a vocabulary, so that neither blocks nor their entries are many
+BLOCK = 256
+BELOW_ONE = 1 - 2**-53
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,13 @@ def draw(logits: Tensor, sampling: Sampling, top_logprobs: int, generator: torch
             logits.div_(sampling.temperature)
         _truncate(logits, sampling)
     top = logits.topk(top_logprobs, dim=-1) if top_logprobs else None
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    ids = logits.argmax(-1, keepdim=True) if greedy else _invert_cdf((logits - normaliser).exp_(), generator)
+    highest = logits.amax(-1, keepdim=True)
+    blocks = _blocks((logits - highest).exp_())
+    # float32 cannot resolve the tail of a large vocabulary near its end
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    normaliser = highest + ends[:, -1:].log().float()
+    ids = logits.argmax(-1, keepdim=True) if greedy else _invert_cdf(blocks, ends, generator)
+    ids.clamp_(max=logits.shape[-1] - 1)  # logits that are not numbers put it behind all entries
     return Draw(
         ids=ids[:, 0],
         logp=(logits.gather(-1, ids) - normaliser)[:, 0],
@@ -56,16 +65,25 @@ def draw(logits: Tensor, sampling: Sampling, top_logprobs: int, generator: torch
     )
 
 
-def _invert_cdf(probs: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one index ``[R, 1]`` per row of ``probs`` ``[R, V]``; an entry of probability 0 is never drawn.
+def _blocks(mass: Tensor) -> Tensor:
+    """``[R, V]`` as ``[R, blocks, BLOCK]``, the last one filled up with zeros."""
+    return pad(mass, (0, -mass.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
 
-    One uniform number per row, where ``torch.multinomial`` spends an exponential per entry: 20 times the time of the rest.
+
+def _invert_cdf(blocks: Tensor, ends: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index ``[R, 1]`` per row in proportion to ``blocks`` ``[R, blocks, BLOCK]``; an entry of 0 is never drawn.
+
+    One uniform number per row, where ``torch.multinomial`` spends an exponential per entry.  It falls into a block, whose sums
+    end at ``ends`` ``[R, blocks]``, and there on an entry, so that float64 is spent on few sums: a third of the time of all.
     """
-    # float32 cannot resolve the tail of a large vocabulary near 1
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
-    # right=True finds the first entry above the target, and such an entry has mass
-    return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp_(max=probs.shape[-1] - 1)
+    uniform = torch.rand(len(ends), 1, dtype=torch.float64, device=ends.device, generator=generator)
+    target = uniform * ends[:, -1:]
+    # right=True finds the first end above the target, and what ends there has mass
+    block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[-1] - 1)
+    start, end = (sums.gather(-1, block) for sums in (pad(ends[:, :-1], (1, 0)), ends))
+    share = ((target - start) / (end - start)).clamp_(max=BELOW_ONE)
+    cdf = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    return block * BLOCK + torch.searchsorted(cdf, share * cdf[:, -1:], right=True)
 
 
 def _truncate(logits: Tensor, sampling: Sampling) -> None:
