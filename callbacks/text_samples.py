@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from cppo_lightning.callbacks.reporting import RolloutData, rollout_data, tensorboards
-from cppo_lightning.callbacks.token_marks import Cause, Piece, bracketed, causes, counted, pieces
+from cppo_lightning.callbacks.token_marks import Cause, ChosenCauses, Piece, bracketed, counted, pieces
 from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class TextSamples(Callback):
         self.count = count
         self.max_chars = max_chars
         self._step = 0  # of the rollout's first update
-        self._update = ""  # the one under way
+        self._update, self._on_policy = "", False  # of the one under way
+        self._seen: ChosenCauses | None = None
         self._chosen: dict[int, Training | None] = {}  # by place in the rollout; empty if none is to be written
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,28 +70,34 @@ class TextSamples(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, batch_idx: int) -> None:
         """Runs before each update; before the first one of every few rollouts it chooses the samples, on rank zero."""
         self._update = f"update {batch_idx + 1} of {trainer.num_training_batches}, at step {trainer.global_step}"
-        rollout = self._data(trainer).rollout
-        if self._chosen or trainer.current_epoch % self.every_n_rollouts or not trainer.is_global_zero or rollout is None:
+        self._seen, rollout = None, self._data(trainer).rollout
+        if rollout is None or not trainer.is_global_zero:
             return
-        self._step = trainer.global_step
-        number = len(rollout.samples)
-        count = min(self.count, number)
-        self._chosen = {i * number // count: None for i in range(count)}
+        if not self._chosen and trainer.current_epoch % self.every_n_rollouts == 0:
+            self._step = trainer.global_step
+            number = len(rollout.samples)
+            count = min(self.count, number)
+            self._chosen = {i * number // count: None for i in range(count)}
+        if self._chosen:
+            self._on_policy = rollout.version == trainer.global_step
+            self._seen = ChosenCauses(torch.tensor(list(self._chosen), device=pl_module.device))
 
     def on_gate(self, trainer: Trainer, pl_module: LightningModule, stats: TokenStats, gate: Gate) -> None:
-        """Runs after each micro-batch's gate: notes what it dropped of the chosen samples."""
-        if not self._chosen or stats.sample is None:
-            return
-        places = stats.sample.tolist()
-        rows = [row for row, place in enumerate(places) if place in self._chosen and bool(stats.mask[row].any())]
+        """Runs after each micro-batch's gate: notes what it dropped of the chosen samples, and waits for nothing."""
+        if self._seen is not None:
+            self._seen.add(stats, gate)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
+    ) -> None:
+        """Runs after each update: reads what was noted."""
         rollout = self._data(trainer).rollout
-        if not rows or rollout is None:
+        if self._seen is None or rollout is None:
             return
-        on_policy = rollout.version == trainer.global_step
-        for row, found in zip(rows, causes(stats, gate)[rows].tolist(), strict=True):
-            length = len(rollout.samples[places[row]].completion.ids)
+        for place, found in self._seen.read().items():
+            length = len(rollout.samples[place].completion.ids)
             found = [*found[:length], *[Cause.KEPT] * (length - len(found))]  # micro-batches end at the last trained token
-            self._chosen[places[row]] = Training(self._update, on_policy, found)
+            self._chosen[place] = Training(self._update, self._on_policy, found)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after each rollout's last update: writes the chosen samples."""

@@ -29,6 +29,7 @@ Piece = tuple[Cause, str]  # a stretch of text whose tokens have the same cause
 
 BRACKETS = {Cause.THRESHOLD: "⟦⟧", Cause.BUDGET: "⟪⟫", Cause.OTHER: "⟨⟩"}
 NAMES = {Cause.THRESHOLD: "the token threshold", Cause.BUDGET: "the prefix budget", Cause.OTHER: "the trust region"}
+_UNSEEN = -1  # below every cause: a token that no micro-batch has had
 _AHEAD = 3  # tokens that may complete a character, which has up to four bytes
 
 
@@ -40,6 +41,35 @@ def causes(stats: TokenStats, gate: Gate) -> Tensor:
         if name in gate.diagnostics:
             found = found.masked_fill(dropped & gate.diagnostics[name], cause)
     return found
+
+
+class ChosenCauses:
+    """What became of the tokens of some responses in one update: kept where the gates are, and read when it ends.
+
+    Args:
+        places: ``[N]`` int64, the responses' places in this rank's ``Rollout.samples``.
+    """
+
+    def __init__(self, places: Tensor) -> None:
+        self.places = places
+        self._found = torch.full((len(places), 0), _UNSEEN, dtype=torch.int8, device=places.device)  # [N, T]
+
+    def add(self, stats: TokenStats, gate: Gate) -> None:
+        """Take one micro-batch in, without waiting for the device."""
+        if stats.sample is None:
+            return
+        trained = (stats.sample == self.places[:, None]) & stats.mask.any(-1)  # [N, B]
+        rows = causes(stats, gate)[trained.int().argmax(-1)]
+        width = max(rows.shape[1], self._found.shape[1])
+        # a response is in one micro-batch of an update, and unseen in the others
+        self._found = _widened(self._found, width).maximum(
+            _widened(rows.masked_fill(~trained.any(-1, keepdim=True), _UNSEEN), width)
+        )
+
+    def read(self) -> dict[int, list[int]]:
+        """The :class:`Cause` of each token, up to the width of its micro-batch or further, by the response's place."""
+        found = zip(self.places.tolist(), self._found.tolist(), strict=True)
+        return {place: [max(cause, Cause.KEPT) for cause in row] for place, row in found if max(row, default=_UNSEEN) >= 0}
 
 
 def pieces(ids: list[int], token_causes: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
@@ -84,6 +114,10 @@ def counted(token_causes: Sequence[int]) -> str:
         return "no token dropped"
     each = [f"{number} by {NAMES[cause]} {BRACKETS[cause][0]}so{BRACKETS[cause][1]}" for cause, number in dropped.items()]
     return f"{sum(dropped.values())} of {len(token_causes)} tokens dropped, {', '.join(each)}"
+
+
+def _widened(found: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(found, (0, width - found.shape[1]), value=_UNSEEN)
 
 
 def _escaped(text: str) -> str:
