@@ -8,8 +8,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch or tokenizers start their thread pools: rank and worker tests start several processes on few cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch or tokenizers start their thread pools.  Tests run beside servers, ranks and workers, and two threads of OpenMP
+# that share their cores with other processes have a tenth of one thread's speed.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -92,13 +92,6 @@ class Moody(Verifier):
         while not Path(flag).exists():
             time.sleep(0.01)
 
-    def on_tick(self, file: str) -> None:
-        """Write the time down until killed."""
-        with open(file, "a") as ticks:
-            while True:
-                print(time.monotonic(), file=ticks, flush=True)
-                time.sleep(0.01)
-
 
 def fail() -> None:
     raise ImportError("needs a library that is not here")

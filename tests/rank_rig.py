@@ -14,7 +14,7 @@ _RANKS = multiprocessing.get_context("forkserver")
 _RANKS.set_forkserver_preload(["tests.rank_rig_imports"])
 
 
-def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, deadline: float = 120) -> list[Any]:
+def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, deadline: float = 600) -> list[Any]:
     """What ``function(*arguments)`` returns on each of ``count`` ranks, which look as if torchrun had started them.
 
     Raises:

@@ -21,6 +21,7 @@ from cppo_lightning.verifiers.protocol import decode_verdict, encode_verdict
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 MOODY = (Path(__file__).parent / "moody.py").read_text()
+SECONDS = 60.0  # only a defect takes as long
 PROBLEM = Problem("p", ({"role": "user", "content": "?"},), "5")
 
 
@@ -50,9 +51,9 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def gone(pids: list[int], seconds: float) -> bool:
+def gone(pids: list[int]) -> bool:
     """Whether all processes have ended within a generous time."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.05)
     return not any(map(alive, pids))
@@ -123,8 +124,9 @@ def test_parts_of_a_reward_come_back(moody) -> None:
 def test_what_a_verifier_started_dies_with_it(moody, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     with VerifierPool(moody.Moody(), workers=1, deadline=1.0) as pool:
-        assert pool.judge([(PROBLEM, f"child {note}")])[0].outcome is Outcome.TIMED_OUT
-        assert gone([int(note.read_text())], 5)
+        while not (note.exists() and note.read_text()):  # a busy machine may take a second to start it
+            assert pool.judge([(PROBLEM, f"child {note}")])[0].outcome is Outcome.TIMED_OUT
+        assert gone([int(note.read_text())])
 
 
 def test_a_worker_has_no_torch() -> None:
@@ -173,11 +175,11 @@ def test_close_leaves_no_process_and_the_pool_starts_again(moody) -> None:
     assert len(first) == 2
     pool.close()
     pool.close()
-    assert gone(first, 5)
+    assert gone(first)
     assert pool.judge([(PROBLEM, "b")])[0].extracted == "b"
     second = pool.pids
     del pool
-    assert gone(second, 5)
+    assert gone(second)
 
 
 PARENT = """
@@ -186,7 +188,7 @@ sys.path.insert(0, sys.argv[1])
 from moody_verifier import Moody
 from cppo_lightning.verifiers import Problem, VerifierPool
 problem = Problem("p", (), "5")
-pool = VerifierPool(Moody(), workers=2, deadline=2.0 if sys.argv[2] == "power" else 600.0)
+pool = VerifierPool(Moody(), workers=2, deadline=600.0)
 pool.judge([(problem, "a")] * 64)
 print(*pool.pids, flush=True)
 if sys.argv[2] == "end":
@@ -218,9 +220,9 @@ def test_no_orphans(moody, tmp_path: Path, how: str, doing: str) -> None:
         assert all(map(alive, pids))
         time.sleep(0.3)  # let the workers begin
         parent.send_signal(getattr(signal, how))
-    parent.wait(20)
+    parent.wait(SECONDS)
     parent.stdout.close()
-    assert gone(pids, 20)
+    assert gone(pids)
 
 
 @linux
@@ -233,19 +235,19 @@ def test_no_orphan_while_loading(moody, tmp_path: Path, how: str) -> None:
     while not (note.exists() and note.read_text()):
         time.sleep(0.05)
     parent.send_signal(getattr(signal, how))
-    parent.wait(20)
-    assert gone([int(note.read_text())], 20)
+    parent.wait(SECONDS)
+    assert gone([int(note.read_text())])
 
 
 @linux
 def test_another_supervisor_goes_on_with_the_work(moody, tmp_path: Path) -> None:
-    with VerifierPool(moody.Moody(), workers=2) as pool:
+    with VerifierPool(moody.Moody(), workers=2, deadline=600) as pool:
         pool.judge([(PROBLEM, "a")] * 8)
         before, supervisor = pool.pids, parent_of(pool.pids[0])
         flag = tmp_path / "flag"
         futures = [pool.submit(PROBLEM, response) for response in (f"wait {flag}", *map(str, range(200)), f"wait {flag}")]
         os.kill(supervisor, signal.SIGKILL)
-        assert gone(before, 20)
+        assert gone(before)
         flag.touch()
         assert [future.result().extracted for future in futures] == [f"wait {flag}", *map(str, range(200)), f"wait {flag}"]
         assert parent_of(pool.pids[0]) != supervisor
@@ -260,7 +262,7 @@ def test_a_supervisor_that_is_stuck_is_replaced(moody, monkeypatch: pytest.Monke
         before, supervisor = pool.pids, parent_of(pool.pids[0])
         os.kill(supervisor, signal.SIGSTOP)
         assert [v.extracted for v in pool.judge([(PROBLEM, "b"), (PROBLEM, "c")])] == ["b", "c"]
-        assert gone([*before, supervisor], 20)
+        assert gone([*before, supervisor])
 
 
 @linux
@@ -288,7 +290,7 @@ def test_a_fork_does_not_disturb_its_parent(moody) -> None:
             pool.close()
             os._exit(0 if right else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert [future.result(60).extracted for future in futures] == [str(number) for number in range(500)]
+        assert [future.result(SECONDS).extracted for future in futures] == [str(number) for number in range(500)]
         assert pool.pids == before
 
 

@@ -63,11 +63,11 @@ def test_there_are_configs() -> None:
 
 
 def test_every_config_is_tested() -> None:
-    """A config elsewhere than here is one that test_cli or, of strategies, test_parallel parses."""
+    """A config elsewhere than here is one that test_cli, test_chain or, of strategies, test_parallel parses."""
     others = {
         str(p.relative_to(CONFIGS))
         for p in CONFIGS.rglob("*.yaml")
-        if p.parent.name not in ("trust_region", "paper", "data", "strategy")
+        if p.parent.name not in ("trust_region", "paper", "data", "strategy", "chain")
     }
     assert others == {"base.yaml", "debug.yaml", "quickstart.yaml", "quickstart_vllm.yaml"}
 
@@ -98,16 +98,17 @@ def test_a_trust_region_config_changes_nothing_else(name: str) -> None:
     assert set(config["model"]) - {"aggregation"} == {"trust_region"}  # a method may be defined with its aggregation
 
 
-@pytest.mark.parametrize(
-    "under",
-    [
-        ["debug"],  # whose CPPO is another than the paper's
-        ["base", "paper/qwen3_30b_a3b_base"],
-        *(pytest.param(["base", f"paper/{name}"], marks=pytest.mark.slow) for name in PAPER if "30b" not in name),
-    ],
-    ids=lambda under: under[-1],
-)
-@pytest.mark.parametrize("name", TRUST_REGIONS)
+# Under each other: debug's CPPO, which is another than the paper's, one of the paper's, and in turn each of its others, which
+# differ from that one in numbers alone.
+OTHERS = [name for name in PAPER if "30b" not in name]
+UNDER = [
+    (name, under)
+    for i, name in enumerate(TRUST_REGIONS)
+    for under in (["debug"], ["base", "paper/qwen3_30b_a3b_base"], ["base", f"paper/{OTHERS[i % len(OTHERS)]}"])
+]
+
+
+@pytest.mark.parametrize(("name", "under"), UNDER, ids=[f"{name}-{under[-1]}" for name, under in UNDER])
 def test_a_trust_region_replaces_the_one_below_it(name: str, under: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """As parsed by the command line, nothing of the other's settings stays."""
     chosen = printed(capsys, *under, f"trust_region/{name}")

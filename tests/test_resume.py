@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -411,66 +415,71 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_on_two(tiny_model_path: Pa
 # kills --------------------------------------------------------------------------------------------------------------------
 
 
-LONG = 12  # rollouts
+LONG = 18  # rollouts
 
 
-def killable(path: Path, folder: Path) -> None:
+class Kill(Callback):
+    """Ends its process by SIGKILL: in the middle of its second checkpoint, or some time after it has written its first.
+
+    Args:
+        writing: whether in a checkpoint.
+        share: of the checkpoint's bytes, or of the time that the first update took.
+    """
+
+    def __init__(self, writing: bool, share: float) -> None:
+        self.writing, self.share = writing, share
+        self.since, self.updates = 0.0, 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.writing:
+            save, calls = torch.save, count(1)
+
+            def torn(value: Any, file: Any) -> None:
+                save(value, whole := io.BytesIO())
+                file.write(whole.getvalue()[: int(self.share * whole.tell())])
+                if next(calls) == 2:
+                    file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                file.write(whole.getvalue()[int(self.share * whole.tell()) :])
+
+            torch.save = torn  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self.updates, before, self.since = self.updates + 1, self.since, time.monotonic()
+        if self.updates == 2 and not self.writing:
+            # at most the time of a few updates, where the first one was slow too: the run must not be over before its last kill
+            seconds = self.share * min(0.05, self.since - before)
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def killable(path: Path, folder: Path, *kill: Kill) -> None:
     """A run in a process of its own, with a rollout drawn ahead, which begins with its last checkpoint if there is one."""
     folder.mkdir(exist_ok=True)
     last = folder / "last.ckpt"
     keeper = RunCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=0, save_last=True, enable_version_counter=False)
-    settings: dict[str, Any] = {"rollouts": LONG, "callbacks": [keeper], "resume": last if last.exists() else None}
+    settings: dict[str, Any] = {"rollouts": LONG, "callbacks": [keeper, *kill], "resume": last if last.exists() else None}
     _, found, _ = run(path, folder, 1, trainer={"enable_checkpointing": True}, **settings)
     torch.save(found, folder / "weights")
 
 
-def begin(path: Path, folder: Path) -> Any:
-    process = multiprocessing.get_context("forkserver").Process(target=killable, args=(path, folder))
+def exit_code(*arguments: Any) -> int | None:
+    process: Any = multiprocessing.get_context("forkserver").Process(target=killable, args=arguments)
     process.start()
-    return process
-
-
-def wait_for(condition: Callable[[], bool], process: Any, seconds: float = 120) -> bool:
-    """Whether the condition held before the process ended."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        if not process.is_alive():
-            return False
-    return True
+    process.join(600)
+    return process.exitcode
 
 
 @pytest.mark.slow
 def test_twelve_kills_change_no_bit(tiny_model_path: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = begin(tiny_model_path, whole)
-    started = time.monotonic()
-    process.join(300)
-    assert process.exitcode == 0
-    seconds = time.monotonic() - started
-    generator, torn = random.Random(0), 0
-    for kill in range(12):
-        before = (killed / "last.ckpt").stat().st_mtime if (killed / "last.ckpt").exists() else 0.0
-        process = begin(tiny_model_path, killed)
-
-        def began(before: float = before) -> bool:
-            return (killed / "last.ckpt").exists() and (killed / "last.ckpt").stat().st_mtime > before
-
-        if kill % 2:  # in the middle of a write
-            alive = wait_for(lambda: bool(list(killed.glob(".*.unfinished"))), process)
-        else:
-            alive = wait_for(began, process)
-            time.sleep(generator.uniform(0, seconds / LONG))
-        assert alive, "the run is over"
-        process.kill()
-        process.join()
-        torn += bool(list(killed.glob(".*.unfinished")))
-        if (killed / "last.ckpt").exists():
-            torch.load(killed / "last.ckpt", weights_only=True)
-    assert torn > 0
-    process = begin(tiny_model_path, killed)
-    process.join(300)
-    assert process.exitcode == 0
+    """Every second one in the middle of a checkpoint."""
+    whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    assert exit_code(tiny_model_path, whole) == 0
+    for number in range(12):
+        code = exit_code(tiny_model_path, killed, Kill(bool(number % 2), draw.random()))
+        assert code == -signal.SIGKILL, "the run is over" if code == 0 else "it failed"
+        assert list(killed.glob(".*.unfinished")) or not number % 2
+        torch.load(killed / "last.ckpt", weights_only=True)
+    assert exit_code(tiny_model_path, killed) == 0
     assert same(torch.load(killed / "weights"), torch.load(whole / "weights"))
     assert not list(killed.glob(".*.unfinished"))
 

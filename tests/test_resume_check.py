@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from cppo_lightning.cli import main
 from cppo_lightning.resume_traces import Comparison, compare
 from tests.test_architecture import REPOSITORY
+from tests.test_readme import RESUME_CHECK
 
 DEBUG = str(REPOSITORY / "configs" / "debug.yaml")
 
@@ -89,19 +91,21 @@ def folder(tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_a_run_is_killed_and_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The debug config with a rollout drawn ahead, which has no checkpoints of its own."""
+    """README's own command, with a rollout drawn ahead; the debug config has no checkpoints of its own."""
+    (folder / "configs").symlink_to(REPOSITORY / "configs")
     with pytest.raises(SystemExit) as end:
-        main(["resume-check", "--config", DEBUG, "--data.plan.max_staleness=1", "--kills=1", "--folder=runs"])
+        main([*shlex.split(RESUME_CHECK)[3:], "--data.plan.max_staleness=1", "--folder=runs"])
     out = capsys.readouterr().out
     assert end.value.code == 0, out
-    assert "kill 1 of 1" in out
+    assert "kill 2 of 2" in out
+    assert "25 of 25" in out
     assert "none" in out
     saved = yaml.safe_load((folder / "runs" / "killed" / "config.yaml").read_text())
     assert saved["trainer"]["callbacks"][-2]["init_args"]["every_n_train_steps"] == 1
     events = [json.loads(line)["event"] for line in (folder / "runs" / "killed" / "0.jsonl").read_text().splitlines()]
-    assert events.count("began") == 2
+    assert events.count("began") == 3
     assert events[-1] == "ended"
-    assert len(list((folder / "runs" / "killed" / "logs").glob("events*"))) == 2
+    assert len(list((folder / "runs" / "killed" / "logs").glob("events*"))) == 3
     assert not (folder / "runs" / "debug").exists(), "the config's own logger"
 
 

@@ -94,16 +94,16 @@ def test_a_signal_in_the_middle_of_a_rollout(sign: str, arguments: list[str], co
         command, env=os.environ | {"MARK": mark}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 300
         while not (folder / "began").exists() and run.poll() is None and time.monotonic() < limit:
             time.sleep(0.1)
         assert len(running(mark)) > 1, "the pool's processes are not seen, so their end would not be either"
         run.send_signal(getattr(signal, sign))
-        output = run.communicate(timeout=60)[0]
+        output = run.communicate(timeout=120)[0]
     finally:
         run.kill()
     assert run.returncode == code
-    assert ended(mark, 20), running(mark)
+    assert ended(mark, 60), running(mark)
     if code > 0:
         assert output.rstrip().endswith(f"stopped: interrupted by {sign}")
         assert "Traceback" not in output
@@ -122,7 +122,7 @@ def test_an_error_in_the_middle_of_a_rollout(
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises((SystemExit, RuntimeError)) as end:
         main(["fit", "--config", DEBUG, *ending(how)])
-    assert ended(mark, 20), running(mark)
+    assert ended(mark, 60), running(mark)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     if code is None:
         assert str(end.value) == "as asked"  # a traceback: nobody has foreseen it

@@ -144,7 +144,7 @@ class TestTheRightWeights:
         http = fake_vllm_server.Server(("127.0.0.1", 0), fake_vllm_server.Handler)
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
-        yield Server(f"http://127.0.0.1:{http.server_address[1]}", "secret", Patience(stall=5))
+        yield Server(f"http://127.0.0.1:{http.server_address[1]}", "secret", Patience(stall=60))
         http.shutdown()
         http.server_close()
         thread.join()
@@ -153,7 +153,7 @@ class TestTheRightWeights:
         """What one prompt gets from a server that answers with the labels ``drawn_with``, one after the other."""
         labels = iter(drawn_with)
         monkeypatch.setattr(fake_vllm_server, "answer", lambda _: answer(labels=next(labels)).to_bytes())
-        return list(sampled([body(2, 2)], [server], "run/2", Patience(stall=5), lambda: None))
+        return list(sampled([body(2, 2)], [server], "run/2", Patience(stall=60), lambda: None))
 
     def test_are_waited_for(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         ((number, found),) = self.answers(server, monkeypatch, ["run/1", "run/2"], ["run/2", "run/2"])
@@ -257,5 +257,5 @@ class TestTheRoute:
                 return await drawn() - before
 
         # half of it, since the server counts what it has drawn a little later
-        assert 0 < asyncio.run(asyncio.wait_for(drawn_in_vain(), 120)) < whole / 2
+        assert 0 < asyncio.run(asyncio.wait_for(drawn_in_vain(), 600)) < whole / 2
         assert posted(server, body()).is_success

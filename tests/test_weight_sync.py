@@ -78,7 +78,7 @@ class AtOnce:
         self.count += 1
         self.seen[tensor.untyped_storage().data_ptr()] = StorageWeakRef(tensor.untyped_storage())
         # gloo's threads let go of a gathered tensor a moment after it is there
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while (alive := sum(not ref.expired() for ref in self.seen.values())) > self.most and time.monotonic() < deadline:
             time.sleep(0.01)
         assert alive <= self.most, f"{alive} at tensor {self.count}"

@@ -215,7 +215,7 @@ def test_a_server_that_lost_weights_without_a_copy_is_not_used_with_others(tmp_p
     assert keeper.wait(0) == {"p": 1}
     keeper.start()
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while keeper._failure is None and time.monotonic() < deadline:
             time.sleep(0.05)
         with pytest.raises(RolloutError, match=r"http://a:1 lost the weights 'run/1', of which there is no copy"):
@@ -320,8 +320,8 @@ class TestTrainersEnd:
             if number == 0:
                 with pytest.raises(ConnectionRefusedError):  # another of this machine's addresses
                     socket.create_connection(("127.0.0.2", port), timeout=10)
-                left.wait(30)
-                with pytest.raises(RuntimeError, match="Connection closed by peer"):
+                left.wait(60)
+                with pytest.raises(RuntimeError, match=r"Connection (closed|reset) by peer|Broken pipe"):
                     group.broadcast(torch.zeros(5_000_000))  # more than sockets buffer
             group.destroy()
             left.set()
@@ -449,7 +449,7 @@ def engine(tiny_model_path: Path) -> Iterator[VLLMServerEngine]:
     """Two servers with gloo, buckets smaller than a layer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_transfer, "BUCKET_BYTES", 40_000)
-        made = VLLMServerEngine(servers=2, weight_transfer="gloo", patience=Patience(start=300, stall=30, restarts=1))
+        made = VLLMServerEngine(servers=2, weight_transfer="gloo", patience=Patience(start=600, stall=120, restarts=1))
         try:
             made.start(str(tiny_model_path))
             yield made
