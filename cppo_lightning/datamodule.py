@@ -252,7 +252,7 @@ class RolloutDataModule(LightningDataModule):
     def _draw(self) -> Rollout:
         trainer = self._trainer()
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-        last = 0 <= epochs <= trainer.current_epoch + 1 or 0 <= steps <= trainer.global_step + self.plan.updates
+        last = 0 <= epochs <= trainer.current_epoch + 1 or 0 <= steps <= trainer.global_step + self.plan.steps
         self.rollout = joined(with_same_batch(trainer, self._running().rollouts.next(another=not last)))
         return self.rollout
 
@@ -263,7 +263,8 @@ class RolloutDataModule(LightningDataModule):
         # the id in padding is never read: attention and losses are masked
         trained = self._trained()
         recompute = trained.recompute if trained.anchor == "recomputed" else None
-        return RolloutStream(self._draw, self.advantages, self.plan.updates, self.top_k, 0, self.overlong, recompute)
+        plan = self.plan
+        return RolloutStream(self._draw, self.advantages, plan.updates, self.top_k, 0, self.overlong, recompute, plan.passes)
 
     def _evaluation_stream(self) -> EvaluationStream:
         assert self.evaluation is not None, "setup refused this"

@@ -135,7 +135,7 @@ class _RunningSoftmax:
     """
 
     def __init__(self, wanted: Tensor) -> None:
-        column = torch.zeros(len(wanted), 1, device=wanted.device)
+        column = torch.zeros(len(wanted), 1, dtype=torch.float32, device=wanted.device)
         self.wanted = wanted
         self.logits = torch.full_like(wanted, torch.nan, dtype=torch.float32)  # [N, K]
         # [N, 1] each: the largest logit; over all logits, sums of w = exp(logit - largest) and of w (logit - largest)

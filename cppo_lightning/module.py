@@ -28,7 +28,7 @@ from cppo_lightning.mismatch import (
 )
 from cppo_lightning.observers import GateObserver, NonFiniteObserver, observers
 from cppo_lightning.policy import Policy
-from cppo_lightning.policy_config import PolicyConfig, check_precision
+from cppo_lightning.policy_config import PolicyConfig, check_attention, check_precision
 from cppo_lightning.ranks import data_share, data_sum
 from cppo_lightning.resume import settle_loops
 from cppo_lightning.sequences import MicroBatch, micro_batches
@@ -74,7 +74,7 @@ class RLVRModule(LightningModule):
         self,
         policy: PolicyConfig,
         trust_region: TrustRegion,
-        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6),
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-6, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         aggregation: LossAggregation = LossAggregation(),
         reference_kl: ReferenceKL | None = None,
@@ -113,10 +113,12 @@ class RLVRModule(LightningModule):
         """Runs before any checkpoint is read, and sees to it that none is unpickled, wherever it comes from.
 
         Raises:
-            ConfigError: ``trainer.precision`` that updates would be lost in.
+            ConfigError: ``trainer.precision`` that updates would be lost in, or attention that has no gradient on the device.
         """
         check_precision(self.trainer.precision, self.policy_config.dtype)
         strategy = self.trainer.strategy
+        if stage == "fit":
+            check_attention(self.policy_config.attn_implementation, strategy.root_device)
         if not isinstance(strategy.checkpoint_io, ReadsShards):
             strategy.checkpoint_io = ReadsShards(strategy.checkpoint_io)
         # under bf16-true Lightning would round log mu, and with it every ratio, to 8 bits
@@ -164,7 +166,7 @@ class RLVRModule(LightningModule):
         """One optimizer step on one minibatch; None when there was nothing to train on or the gradient was not finite.
 
         Raises:
-            RolloutError: samples are older than ``data.plan`` allows: ``updates * (1 + max_staleness) - 1`` steps at most.
+            RolloutError: samples are older than ``plan.steps * (1 + plan.max_staleness) - 1`` optimizer steps.
         """
         started = time.perf_counter()
         self._check_age(batch, batch_idx)
@@ -202,7 +204,7 @@ class RLVRModule(LightningModule):
         if plan is None:  # a loader of the user's own: its epochs are its rollouts
             check_staleness(batch, self.global_step, batch_idx)
         else:
-            check_staleness(batch, self.global_step, batch_idx % plan.updates, plan.updates * plan.max_staleness)
+            check_staleness(batch, self.global_step, batch_idx % plan.steps, plan.steps * plan.max_staleness)
 
     def _grad_norm(self) -> Tensor:
         gradients = [p.grad for p in self._policy().parameters() if p.grad is not None]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +89,7 @@ class Policy(nn.Module):
         read = Sequences.of(batch) if sequences is None else sequences
         hidden = self.model.base_model(
             input_ids=torch.cat([batch.prompt_ids.flatten(), batch.response_ids.flatten()])[read.source],
-            attention_mask=read.attention_mask(self.model.dtype),
+            attention_mask=read.attention_mask(self._computes_in()),
             position_ids=read.positions,
             use_cache=False,
         ).last_hidden_state
@@ -110,22 +111,28 @@ class Policy(nn.Module):
             topk_logp=None if flat.topk_logp is None else by_row(flat.topk_logp),
         )
 
-    @property
+    def _computes_in(self) -> torch.dtype:
+        device = self.model.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+
+    @cached_property
     def work(self) -> Work | None:
-        """Of a forward pass; None if no two responses can share a sequence: nothing but full causal attention over rotated
-        positions may pass information on, which is known of :data:`PLAIN_CAUSAL` alone."""
+        """Of a forward pass; None if no two responses can share a sequence, nor two sequences a row: nothing but full causal
+        attention over rotated positions may pass information on, which is known of :data:`PLAIN_CAUSAL` alone."""
         config = self.model.config.get_text_config(decoder=True)
         if config.model_type not in PLAIN_CAUSAL:
             return None
         kinds = getattr(config, "layer_types", None) or ["full_attention"]
+        attentions = ("sdpa", "eager", "flex_attention")
         windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        if set(kinds) != {"full_attention"} or windows or config._attn_implementation not in ("sdpa", "eager"):
+        if set(kinds) != {"full_attention"} or windows or config._attn_implementation not in attentions:
             return None
         embedding: Any = self.model.get_input_embeddings()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return Work(
             per_token=2.0 * (sum(p.numel() for p in self.model.parameters()) - embedding.weight.numel()),
             per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * size,
+            skips_hidden=config._attn_implementation == "flex_attention",
         )
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -21,7 +21,8 @@ class PolicyConfig:
     Args:
         path: folder of a Hugging Face causal LM with its tokenizer, or a hub id.
         dtype: dtype of the trained weights.
-        attn_implementation: attention of transformers, for example sdpa, eager or flash_attention_2.
+        attn_implementation: attention of transformers, for example sdpa, eager or flash_attention_2; flex_attention leaves out
+            padding (in the models of ``policy.PLAIN_CAUSAL``) and needs a GPU.
         gradient_checkpointing: recompute activations in the backward pass, for less memory and more time.
         lora: train adapters like these and leave the weights of ``path`` as they are; None trains all weights.
 
@@ -77,6 +78,12 @@ def check_model_path(path: str) -> None:
         raise ConfigError(
             f"model.policy.path {path!r} is neither a folder here nor a model that the Hugging Face hub gave: {error}"
         ) from error
+
+
+def check_attention(attn_implementation: str, device: torch.device) -> None:
+    """Raise :class:`ConfigError` if attention has no gradient on ``device``."""
+    if attn_implementation == "flex_attention" and device.type == "cpu":
+        raise ConfigError("model.policy.attn_implementation = flex_attention cannot be trained with on a CPU; take sdpa")
 
 
 def check_precision(precision: str, dtype: DType) -> None:

@@ -49,7 +49,7 @@ def smollm2(folder: str | Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    with _written_at_once(folder) as new:
+    with written_at_once(folder) as new:
         model = AutoModelForCausalLM.from_pretrained(
             **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
@@ -96,7 +96,7 @@ def tiny_model(folder: str | Path, seed: int = 0) -> Path:
         eos_token_id=ids["<|im_end|>"],
         pad_token_id=ids["<|pad|>"],
     )
-    with _written_at_once(folder) as new, torch.random.fork_rng(devices=[]):
+    with written_at_once(folder) as new, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).float().save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -146,7 +146,7 @@ def _find_gguf() -> Path:
 
 
 @contextmanager
-def _written_at_once(folder: Path) -> Iterator[Path]:
+def written_at_once(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends well, and is deleted otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"folder {str(folder)!r} exists and is no complete model: delete it, or name another folder")

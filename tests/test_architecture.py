@@ -37,7 +37,7 @@ ORDER = (
     {"rollout"},
     {"module", "datamodule"},
     {"replay"},
-    {"callbacks", "export", "resume_traces"},
+    {"callbacks", "chain_model", "export", "resume_traces"},
     {"resume_check", "parser", "preflight"},
     {"cli"},
     {"__main__", "__init__"},

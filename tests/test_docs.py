@@ -39,7 +39,7 @@ TESTED_ELSEWHERE = {
 # commands that are parsed and not run, by pattern, and why
 PARSED = {
     "* --config configs/base.yaml *": "needs GPUs, vLLM and the hub",
-    "* resume-check --config configs/debug.yaml --kills 2": "tests/test_readme.py runs it",
+    "* resume-check --config configs/debug.yaml --kills 2": "tests/test_resume_check.py runs it",
     "* export runs/qwen3-1.7b-base/*": "the run needs GPUs",
 }
 # where pages' classes are looked for

@@ -63,7 +63,7 @@ class Batches(torch.utils.data.Dataset[RolloutBatch]):
 def make(model: str, **settings: Any) -> RLVRModule:
     policy = PolicyConfig(model, **settings.pop("policy", {}))
     defaults: dict[str, Any] = {
-        "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+        "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1, fused=True),
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.8),
         "reference_kl": ReferenceKL(0.1),
         "micro_batch_tokens": 60,

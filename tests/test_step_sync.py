@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from cppo_lightning import callbacks
+import cppo_lightning.callbacks as callbacks
 from cppo_lightning.divergences import TopKTV
 from cppo_lightning.losses import ReferenceKL, Totals
 from cppo_lightning.mismatch import TokenMask

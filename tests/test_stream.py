@@ -14,6 +14,7 @@ from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.mismatch import RecomputedBatch
 from cppo_lightning.prompts.prompt_order import PromptOrder
 from cppo_lightning.rollout.collate import collate
+from cppo_lightning.rollout.dealing import dealt
 from cppo_lightning.rollout.sampler import Rollout, Sample
 from cppo_lightning.rollout.stream import RolloutPlan, RolloutStream, refilled
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
@@ -56,13 +57,37 @@ def test_groups_without_spread_are_skipped_and_the_rest_dealt_evenly() -> None:
     stream = RolloutStream(lambda: rollout, GroupRelative(), updates=2, top_k=0, pad_id=0)
     batches = list(stream)
     assert len(batches) == len(stream) == 2
-    assert [b.group.tolist() for b in batches] == [[1, 1, 3, 3, 4, 4], [5, 5, 7, 7]]
+    assert [b.group.tolist() for b in batches] == [[1, 1, 4, 4, 5, 5], [3, 3, 7, 7]]
     for batch in batches:
         assert batch.sample is not None
         assert torch.equal(batch.response_ids[:, 0], torch.stack([rollout.samples[i].completion.ids[0] for i in batch.sample]))
     # two rewards 0 and 1: mean 1/2, unbiased std 1/sqrt(2)
-    torch.testing.assert_close(batches[0].advantages, torch.tensor([-1, 1, 1, -1, -1, 1]) * 0.5**0.5, rtol=1e-5, atol=0)
+    torch.testing.assert_close(batches[0].advantages, torch.tensor([-1, 1, -1, 1, 1, -1]) * 0.5**0.5, rtol=1e-5, atol=0)
     assert batches[0].topk_ids is None
+
+
+@pytest.mark.parametrize(("groups", "updates"), [(64, 8), (61, 4), (3, 5), (0, 2)])
+def test_updates_get_as_many_groups_and_about_as_many_tokens(groups: int, updates: int) -> None:
+    responses = torch.randn(groups, 8, generator=torch.Generator().manual_seed(groups)).exp()
+    lengths = (100 * responses.sum(-1)).int().tolist()
+    shares = dealt(dict(enumerate(lengths)), updates)
+    assert sorted(group for share in shares for group in share) == list(range(groups))
+    assert [len(share) for share in shares] == [groups // updates + (u < groups % updates) for u in range(updates)]
+    if groups > updates:
+        in_turn = [share.tolist() for share in torch.arange(groups).tensor_split(updates)]
+        most, most_in_turn = (max(sum(lengths[g] for g in share) for share in way) for way in (shares, in_turn))
+        mean = sum(lengths) / updates
+        assert most - mean < 0.5 * (most_in_turn - mean)
+
+
+def test_no_update_has_the_long_groups_every_time() -> None:
+    generator, found = torch.Generator().manual_seed(0), torch.zeros(4)
+    for _ in range(800):
+        lengths = torch.randn(16, generator=generator).exp().mul(100).int().tolist()
+        longest = lengths.index(max(lengths))
+        found[[longest in share for share in dealt(dict(enumerate(lengths)), 4)].index(True)] += 1
+    # 200 each: more than 265 or fewer than 135 is over five standard deviations, sqrt(800 * 1/4 * 3/4)
+    assert float((found - 200).abs().max()) < 65
 
 
 def test_too_few_groups_leave_empty_minibatches() -> None:
@@ -105,6 +130,32 @@ def test_every_minibatch_is_recomputed_before_the_first_is_yielded() -> None:
     rest = list(stream)
     assert [len(batch) for batch in rest] == [2, 2, 0]
     assert all(isinstance(batch, RecomputedBatch) for batch in rest)
+
+
+def test_passes_go_through_the_same_minibatches_again() -> None:
+    seen: list[list[int]] = []
+
+    def recompute(batch: RolloutBatch) -> RecomputedBatch:
+        seen.append(batch.group.tolist())
+        return RecomputedBatch(**vars(batch), old_logp=batch.rollout_logp)
+
+    rollout = make_rollout([[0, 1], [1, 0], [0, 1], [1, 1]])
+    stream = RolloutStream(lambda: rollout, GroupRelative(), 3, top_k=0, pad_id=0, recompute=recompute, passes=2)
+    batches = list(stream)
+    assert len(batches) == len(stream) == RolloutPlan(3, 2, updates=3, passes=2).steps == 6
+    assert [batch.group.tolist() for batch in batches] == [[0, 0], [1, 1], [2, 2]] * 2
+    assert all(torch.equal(first.advantages, again.advantages) for first, again in zip(batches[:3], batches[3:], strict=True))
+    assert seen == [[0, 0], [1, 1], [2, 2]], "pi_old is of the weights that sampled, for both passes"
+    assert stream.hand is not None
+    other = RolloutStream(lambda: rollout, GroupRelative(), 3, top_k=0, pad_id=0, passes=2)
+    other.restore(replace(stream.hand, trained=4), None)
+    assert [batch.group.tolist() for batch in other] == [[1, 1], [2, 2]], "where the second pass was left"
+    with pytest.raises(
+        ConfigError, match=r"rest of a rollout of 6 updates, and data\.plan\.updates is 3, data\.plan\.passes 1"
+    ):
+        RolloutStream(lambda: rollout, GroupRelative(), 3, top_k=0, pad_id=0).restore(stream.hand, None)
+    with pytest.raises(ConfigError, match=r"data\.plan\.passes must be at least 1, got 0"):
+        RolloutPlan(passes=0)
 
 
 def refill_of(spread: list[list[int]], groups: int, max_refills: int) -> tuple[list[tuple[int, int]], Rollout]:

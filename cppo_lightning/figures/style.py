@@ -59,7 +59,7 @@ def new_figure(
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr]
     panels = list(figure.subplots(rows, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for axes in panels:
-        _plain(axes)
+        plain(axes)
     lines = 2 if subtitle else 1
     panels[0].set_title(title, loc="left", fontsize=SIZES["title"], color=TEXT, fontweight="bold", pad=6 + 14 * (lines - 1))
     if subtitle:
@@ -69,7 +69,8 @@ def new_figure(
     return figure, panels
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """The look of an empty panel."""
     axes.set_facecolor(PANEL)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)

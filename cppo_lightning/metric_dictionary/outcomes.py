@@ -103,12 +103,12 @@ ROLLOUTS = Section(
                 Metric(
                     "rollout/staleness",
                     "Optimizer steps between the weights that sampled and those in training, mean over the rollout's steps.",
-                    "(`updates` - 1) / 2, and `updates` more with `max_staleness: 1` from the second rollout on.",
+                    "half of `updates * passes - 1`; after the first rollout `updates * passes` more with `max_staleness: 1`.",
                 ),
                 Metric(
                     "rollout/staleness_max",
                     "The same of the oldest.",
-                    "at most `updates * (1 + max_staleness) - 1`; the run stops at a batch that is older.",
+                    "at most `updates * passes * (1 + max_staleness) - 1`; the run stops at a batch that is older.",
                 ),
             ),
         ),

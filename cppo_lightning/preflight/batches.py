@@ -61,7 +61,7 @@ class Batches:
     @property
     def optimizer_steps(self) -> int | None:
         """In the whole run, if no rollout is skipped; None where the run ends by time or not at all."""
-        ends = [end for end in (self.rollouts and self.rollouts * self.plan.updates, self.steps) if end is not None]
+        ends = [end for end in (self.rollouts and self.rollouts * self.plan.steps, self.steps) if end is not None]
         return min(ends, default=None)
 
     def micro_batches(self, response: int) -> int:
@@ -77,7 +77,11 @@ class Batches:
         per_update = self.responses // plan.updates
         rows: list[Row] = [
             ("responses per rollout", number(self.responses), f"{plan.prompts} prompts x {plan.samples} samples"),
-            ("optimizer steps per rollout", number(plan.updates), "fewer where rewards are all equal"),
+            (
+                "optimizer steps per rollout",
+                number(plan.steps),
+                f"{f'{plan.passes} passes of {plan.updates}, ' if plan.passes > 1 else ''}fewer where rewards are all equal",
+            ),
             (
                 "groups per step",
                 number(plan.prompts // plan.updates),
@@ -108,12 +112,12 @@ class Batches:
             (
                 "optimizer steps in all",
                 "without end" if steps is None else number(steps),
-                "no max_epochs, no max_steps" if steps is None else f"{number(steps / plan.updates)} rollouts",
+                "no max_epochs, no max_steps" if steps is None else f"{number(steps / plan.steps)} rollouts",
             ),
             (
                 "age of a sample",
-                f"at most {plural(plan.updates * (1 + plan.max_staleness) - 1, 'step')}",
-                "updates x (1 + max_staleness) - 1; an older batch stops the run",
+                f"at most {plural(plan.steps * (1 + plan.max_staleness) - 1, 'step')}",
+                "steps per rollout x (1 + max_staleness) - 1; an older batch stops the run",
             ),
             (
                 "one pass over the problems",
@@ -125,7 +129,7 @@ class Batches:
     def _passes(self, steps: int | None) -> str:
         if steps is None:
             return ""
-        return f"; the run makes {steps / self.plan.updates * self.plan.prompts / len(self.prompt_tokens):.2f} passes"
+        return f"; the run makes {steps / self.plan.steps * self.plan.prompts / len(self.prompt_tokens):.2f} passes"
 
     def _warnings(self) -> list[str]:
         warnings = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cppo_lightning.prompts.bad_rows import BadRowError, BadRows, LoadCounts
+from cppo_lightning.prompts.chain_prompts import ChainPrompts
 from cppo_lightning.prompts.dapo import bare_question
 from cppo_lightning.prompts.dataset_prompts import DatasetPrompts
 from cppo_lightning.prompts.mixture import Mixture
@@ -14,6 +15,7 @@ from cppo_lightning.prompts.templates import PromptTemplate
 __all__ = [
     "BadRowError",
     "BadRows",
+    "ChainPrompts",
     "DatasetPrompts",
     "LoadCounts",
     "Mixture",

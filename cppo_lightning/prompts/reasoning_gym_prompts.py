@@ -6,10 +6,11 @@ import difflib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.prompts.bad_rows import BadRows
+from cppo_lightning.prompts.holdout import Split, check_split, in_split
 from cppo_lightning.prompts.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
 from cppo_lightning.verifiers.reasoning_gym import INSTALL, refuse_evaluating
@@ -37,7 +38,7 @@ class ReasoningGymPrompts(PromptSource):
     seed: int = 0
     params: dict[str, Any] = field(default_factory=dict)
     heldout_share: float = 0.0
-    split: Literal["train", "heldout"] = "train"
+    split: Split = "train"
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -45,12 +46,7 @@ class ReasoningGymPrompts(PromptSource):
             raise ConfigError(f"ReasoningGymPrompts.size must be at least 1, got {self.size}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"ReasoningGymPrompts.limit must be at least 1 or null, got {self.limit}")
-        if not 0 <= self.heldout_share < 1:
-            raise ConfigError(f"ReasoningGymPrompts.heldout_share must be in [0, 1), got {self.heldout_share}")
-        if self.split not in ("train", "heldout"):
-            raise ConfigError(f"ReasoningGymPrompts.split must be 'train' or 'heldout', got {self.split!r}")
-        if self.split == "heldout" and self.heldout_share == 0:
-            raise ConfigError("ReasoningGymPrompts.split is 'heldout', which is empty while heldout_share is 0")
+        check_split(type(self).__name__, self.split, self.heldout_share)
         if fixed := {"size", "seed"} & set(self.params):
             raise ConfigError(f"ReasoningGymPrompts.params must not contain {sorted(fixed)}: set {sorted(fixed)} beside it")
         refuse_evaluating(self.name)
@@ -58,7 +54,7 @@ class ReasoningGymPrompts(PromptSource):
     def load(self, bad_rows: BadRows | None = None) -> list[Problem]:
         """The questions in the order in which they were first drawn; only those of the split are counted as rows."""
         drawn = self._draw()
-        own = [entry for entry in drawn if self._held_out(entry["question"]) == (self.split == "heldout")]
+        own = [entry for entry in drawn if in_split(entry["question"], self.split, self.heldout_share)]
         entries: dict[str, Mapping[str, Any]] = {}
         for entry in own:
             entries.setdefault(entry["question"], entry)
@@ -86,10 +82,6 @@ class ReasoningGymPrompts(PromptSource):
             return list(reasoning_gym.create_dataset(self.name, size=self.size, seed=self.seed, **self.params))
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"ReasoningGymPrompts.params {self.params} do not suit {self.name!r}: {error}") from error
-
-    def _held_out(self, question: str) -> bool:
-        digest = hashlib.sha256(question.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.heldout_share * 2**64
 
     def _problem(self, entry: Mapping[str, Any]) -> Problem:
         digest = hashlib.sha256(entry["question"].encode()).hexdigest()[:12]

@@ -12,6 +12,7 @@ from cppo_lightning.engines import (
 from cppo_lightning.prompts import (
     BadRowError,
     BadRows,
+    ChainPrompts,
     DatasetPrompts,
     LoadCounts,
     Mixture,
@@ -28,6 +29,7 @@ from cppo_lightning.rollout.stream import RolloutPlan, RolloutStream
 __all__ = [
     "BadRowError",
     "BadRows",
+    "ChainPrompts",
     "Completion",
     "DatasetPrompts",
     "LoadCounts",

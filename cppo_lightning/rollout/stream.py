@@ -13,6 +13,7 @@ from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.resume import set_generator_states
 from cppo_lightning.rollout.collate import collate
+from cppo_lightning.rollout.dealing import dealt
 from cppo_lightning.rollout.saved import Hand
 
 if TYPE_CHECKING:
@@ -25,16 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """The batch arithmetic: a rollout is ``prompts * samples`` responses, trained on in ``updates`` optimizer steps.
+    """The batch arithmetic: a rollout is ``prompts * samples`` responses, trained on in ``updates * passes`` optimizer steps.
 
     Args:
         prompts: prompts per rollout, over all ranks.
         samples: responses to each prompt (the group size n).
-        updates: optimizer steps per rollout; each gets ``prompts / updates`` prompts with all their samples.
+        updates: optimizer steps per pass over a rollout; each gets ``prompts / updates`` prompts with all their samples.
         max_refills: how many times other prompts are drawn in place of those whose rewards are all equal (dynamic sampling,
             DAPO, arXiv 2503.14476, Eq. 11); 0 skips such prompts, as in the CPPO paper.
         max_staleness: rollouts by which the sampling weights may lag behind those of a run that samples and trains in turn;
-            with 1 a rollout is drawn while the one before it is trained on, so that its samples are ``updates`` steps older.
+            with 1 a rollout is drawn while the one before it is trained on, so that its samples are ``steps`` steps older.
+        passes: how many times each rollout is gone through, with the same minibatches in the same order.
 
     Raises:
         ConfigError: a number below 1 (samples: below 2, max_refills: below 0), a max_staleness other than 0 and 1, or prompts
@@ -46,9 +48,10 @@ class RolloutPlan:
     updates: int = 2
     max_refills: int = 0
     max_staleness: int = 0
+    passes: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("prompts", 1), ("samples", 2), ("updates", 1), ("max_refills", 0)):
+        for name, least in (("prompts", 1), ("samples", 2), ("updates", 1), ("max_refills", 0), ("passes", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.plan.{name} must be at least {least}, got {getattr(self, name)}")
         if self.max_staleness not in (0, 1):
@@ -64,13 +67,19 @@ class RolloutPlan:
                 f"take {f'{low} or ' if low else ''}{low + self.updates} prompts"
             )
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.updates * self.passes
+
 
 class RolloutStream:
     """Each pass takes one rollout and yields its ``len(stream)`` minibatches, or those that are left of a restored one.
 
-    Groups whose rewards are all equal are skipped; the rest is dealt evenly to the updates.  When fewer groups are left than
-    updates, the last minibatches are empty and no step is taken on them.  What counts is the verifier's rewards, before
-    ``overlong`` is added, as in DAPO's dynamic sampling: a group that is all wrong is not trained on for its lengths alone.
+    Groups whose rewards are all equal are skipped; the rest is dealt to the updates (``dealing.dealt``).  When fewer groups are
+    left than updates, the last minibatches are empty and no step is taken on them.  What counts is the verifier's rewards,
+    before ``overlong`` is added, as in DAPO's dynamic sampling: a group that is all wrong is not trained on for its lengths
+    alone.
 
     Lightning takes it as it is: a ``DataLoader`` around it would draw from torch's global generator at each pass.  The true
     length matters: without ``__len__`` one batch is prefetched, and a prefetched rollout comes from weights that are one step
@@ -79,12 +88,13 @@ class RolloutStream:
     Args:
         draw: gives the next rollout, judged.
         advantages: turns ``[P, G]`` rewards into advantages.
-        updates: minibatches per rollout.
+        updates: minibatches that a rollout is cut into.
         top_k: K of the top-K tensors, 0 for none.
         pad_id: token id that fills padding.
         overlong: added to the rewards before advantages are computed; None for nothing.
         recompute: applied to every minibatch before the first is yielded, while the weights are still those that sampled; None
             leaves them as they are.
+        passes: how many times each minibatch is yielded.
 
     Attributes:
         hand: what the running pass yields, or the last one did; None before the first and while a rollout is drawn.
@@ -99,6 +109,7 @@ class RolloutStream:
         pad_id: int,
         overlong: Overlong | None = None,
         recompute: Callable[[RolloutBatch], RecomputedBatch] | None = None,
+        passes: int = 1,
     ) -> None:
         self.draw = draw
         self.advantages = advantages
@@ -107,12 +118,13 @@ class RolloutStream:
         self.pad_id = pad_id
         self.overlong = overlong
         self.recompute = recompute
+        self.passes = passes
         self.hand: Hand | None = None
         self._restored = False  # whether the next pass begins with the hand
         self._generators: dict[str, Any] | None = None  # what it begins with
 
     def __len__(self) -> int:
-        return self.updates
+        return self.updates * self.passes
 
     def restore(self, hand: Hand | None, generators: dict[str, Any] | None) -> None:
         """Begin the next pass with a hand's first update that has not been taken, or with a rollout if there is no hand.
@@ -124,10 +136,11 @@ class RolloutStream:
         Raises:
             ConfigError: the hand was dealt to another number of updates.
         """
-        if hand is not None and len(hand.shares) != self.updates:
+        if hand is not None and len(hand.shares) != len(self):
             raise ConfigError(
                 f"the checkpoint holds the rest of a rollout of {len(hand.shares)} updates, and data.plan.updates is "
-                f"{self.updates}: go on with {len(hand.shares)}, or from a checkpoint between two rollouts"
+                f"{self.updates}, data.plan.passes {self.passes}: go on with {len(hand.shares)} in all, or from a checkpoint "
+                "between two rollouts"
             )
         self.hand, self._restored, self._generators = hand, hand is not None, generators
 
@@ -148,14 +161,14 @@ class RolloutStream:
         kept = has_spread(rewards).nonzero().flatten()
         if self.overlong is not None:
             rewards = rewards + torch.tensor([[self.overlong(len(s.completion.ids)) for s in group] for group in groups])
-        shares = [share.tolist() for share in kept.tensor_split(self.updates)]
-        hand = Hand(rollout, self.advantages(rewards), shares)
+        tokens = {group: sum(len(s.completion.ids) for s in groups[group]) for group in kept.tolist()}
+        hand = Hand(rollout, self.advantages(rewards), dealt(tokens, self.updates) * self.passes)
         return hand if self.recompute is None else self._recomputed(hand, self.recompute)
 
     def _recomputed(self, hand: Hand, recompute: Callable[[RolloutBatch], RecomputedBatch]) -> Hand:
         """The hand with log pi_old on every sample that is trained on."""
         samples = list(hand.rollout.samples)
-        for share in hand.shares:
+        for share in hand.shares[: self.updates]:
             old_logp = recompute(self._minibatch(hand, share, recomputed=False)).old_logp
             assert old_logp is not None
             for place, row in zip(_places(hand, share), old_logp, strict=True):

@@ -2,6 +2,7 @@
 
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict, Verifier
 from cppo_lightning.verifiers.by_dataset import ByDataset
+from cppo_lightning.verifiers.chain import ChainVerifier
 from cppo_lightning.verifiers.format import Format
 from cppo_lightning.verifiers.math_answer import MathAnswer
 from cppo_lightning.verifiers.overlong import Overlong
@@ -11,6 +12,7 @@ from cppo_lightning.verifiers.weighted_sum import WeightedSum
 
 __all__ = [
     "ByDataset",
+    "ChainVerifier",
     "Format",
     "MathAnswer",
     "Outcome",

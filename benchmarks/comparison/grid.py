@@ -1,0 +1,215 @@
+"""The declared grid: which runs there are, in what order, and what their outcomes will be called."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cppo_lightning.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+STUDY = Path(__file__).with_name("study.yaml")
+
+
+class Cell(NamedTuple):
+    """What methods are compared within."""
+
+    task: str
+    learning_rate: float
+    reuse: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, learning rate {self.learning_rate:g}, reuse {self.reuse}"
+
+
+class Run(NamedTuple):
+    """One run of ``fit``.  ``reuse``: how often a rollout is passed through."""
+
+    task: str
+    method: str
+    learning_rate: float
+    reuse: int
+    seed: int
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.task, self.learning_rate, self.reuse)
+
+    @property
+    def name(self) -> str:
+        """One that may be a path."""
+        return f"{self.task}/{self.method}/lr={self.learning_rate:g}/reuse={self.reuse}/seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned.
+
+    Args:
+        config: of ``fit``, a path from the repository's root.
+        model: what makes the initial weights, a module of this project and its arguments; ``{model}`` stands for the folder.
+        core_seconds: that a run is expected to take on one core.
+    """
+
+    config: str
+    model: list[str]
+    core_seconds: float = 100.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trust region.
+
+    Args:
+        preset: a file of ``configs/trust_region``, without its ending.
+        overrides: ``init_args`` in place of the preset's.
+    """
+
+    preset: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> str:
+        """The preset's path from the repository's root."""
+        return f"configs/trust_region/{self.preset}.yaml"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The runs of every combination of what it lists."""
+
+    tasks: list[str]
+    methods: list[str]
+    learning_rates: list[float]
+    reuses: list[int]
+    seeds: list[int]
+
+    def runs(self) -> Iterable[Run]:
+        return map(Run._make, product(self.tasks, self.methods, self.learning_rates, self.reuses, self.seeds))
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """What outcomes are called, decided before anything runs.
+
+    Args:
+        final_evaluations: a run's final accuracy is the mean of so many last evaluations; 0 for a run that failed.
+        collapsed_below: a run has collapsed whose final accuracy is below this share of its first evaluation.
+        stable_share: a learning rate is stable for a method if at most this share of its runs collapses at it and below.
+        separation: a cell separates the methods if the means of their final accuracies lie this far apart.
+        seeds: that a cell which separates them should have at least.
+        reference: the method that the others are subtracted from.
+    """
+
+    final_evaluations: int
+    collapsed_below: float
+    stable_share: float
+    separation: float
+    seeds: int
+    reference: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid: runs are those of the blocks in turn, each once.
+
+    Raises:
+        ConfigError: a name that is not declared, an empty list, or a number out of range.
+    """
+
+    tasks: dict[str, Task]
+    methods: dict[str, Method]
+    definitions: Definitions
+    blocks: list[Block]
+
+    def __post_init__(self) -> None:
+        _check_name("definitions.reference", self.definitions.reference, self.methods)
+        if not self.definitions.final_evaluations >= 1:
+            raise ConfigError(f"definitions.final_evaluations must be at least 1, got {self.definitions.final_evaluations}")
+        for i, block in enumerate(self.blocks):
+            where = f"blocks[{i}]"
+            for key, values in vars(block).items():
+                if not values or len(set(values)) < len(values):
+                    raise ConfigError(f"{where}.{key} must list something, and nothing twice, got {values}")
+            for key, known in (("tasks", self.tasks), ("methods", self.methods)):
+                for name in getattr(block, key):
+                    _check_name(f"{where}.{key}", name, known)
+            for key, least in (("learning_rates", 0.0), ("reuses", 0)):
+                if wrong := [value for value in getattr(block, key) if not value > least]:
+                    raise ConfigError(f"{where}.{key} must be above 0, got {wrong[0]}")
+
+    def runs(self) -> list[Run]:
+        """Every run once, in the order of the blocks."""
+        return list(dict.fromkeys(run for block in self.blocks for run in block.runs()))
+
+    def chosen(self, **wanted: Collection[Any] | None) -> list[Run]:
+        """The runs whose ``task``, ``method``, ``learning_rate``, ``reuse`` and ``seed`` are among the wanted ones (None: any).
+
+        Raises:
+            ConfigError: a value that no run has, or no run that has all of them.
+        """
+        runs = self.runs()
+        for key, values in wanted.items():
+            for value in values or ():
+                _check_name(f"--{key}", value, {getattr(run, key): None for run in runs})
+        chosen = [run for run in runs if all(not values or getattr(run, key) in values for key, values in wanted.items())]
+        if not chosen:
+            raise ConfigError(f"no run of the grid is {wanted}; take some that one of its blocks combines")
+        return chosen
+
+
+def _check_name(where: str, name: Any, known: Mapping[Any, Any]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), list(map(str, known)), 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{where}: {name!r} is not one of {', '.join(map(str, known))}{meant}")
+
+
+def region_settings(method: Method, where: str) -> dict[str, Any]:
+    """``class_path`` and ``init_args`` of a method's trust region, tried out.
+
+    Raises:
+        ConfigError: the preset is missing, or an override is not one of its class's, or out of range.
+    """
+    from omegaconf import OmegaConf
+
+    from cppo_lightning.replay.regions import made_from
+    from cppo_lightning.trust_regions import TrustRegion
+
+    file = REPOSITORY / method.config
+    if not file.is_file():
+        _check_name(f"{where}.preset", method.preset, {path.stem: None for path in sorted(file.parent.glob("*.yaml"))})
+    preset = OmegaConf.select(OmegaConf.load(file), "model.trust_region")
+    merged = OmegaConf.to_container(OmegaConf.merge(preset, {"init_args": method.overrides}))
+    assert isinstance(merged, dict)
+    made_from(merged, TrustRegion, where)
+    return {str(key): value for key, value in merged.items()}
+
+
+def load_study(file: Path = STUDY) -> Study:
+    """The study that a YAML file declares, with every trust region tried out.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is wrong; names key and value.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from cppo_lightning.replay.regions import made_from
+
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
+    study = made_from(settings, Study, file.name)
+    for name, method in study.methods.items():
+        region_settings(method, f"{file.name}: methods.{name}")
+    for name, task in study.tasks.items():
+        if not (REPOSITORY / task.config).is_file():
+            raise ConfigError(f"{file.name}: tasks.{name}.config: {task.config!r} is no file in the repository")
+    return study

@@ -1,0 +1,139 @@
+"""A study's results: one parquet with a row for each rollout of each run, the same bytes however often it was interrupted.
+
+Row r of a run is about rollout r, counted from 0: what its sampling weights were worth, and what training on it did.  The last
+row is of the weights that training ended with, and has ``eval/accuracy`` alone.  A run has a file of its own while others are
+still under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.comparison.grid import Run
+from cppo_lightning.errors import ConfigError
+from cppo_lightning.figures.numbers import Numbers
+from cppo_lightning.metrics import bin_names
+from cppo_lightning.untrusted import whole_file
+
+BINS = 8  # slices of a response's own length
+FINISHED = "finished"
+ACCURACY, EVALUATION, STEPS = "rollout/accuracy", "eval/accuracy", "train/steps"
+AT, BUDGET_AT = "mask/rate_at", "mask/by_budget_at"
+TAGS = (
+    EVALUATION,  # of held-out problems, before the rollout is trained on
+    ACCURACY,  # of its responses
+    STEPS,  # optimizer steps taken on it
+    "train/entropy",
+    "train/grad_norm",  # before it is clipped
+    "divergence/binary_tv",  # mean |pi - mu| of its tokens, whatever the trust region looks at
+    "mask/rate",
+    "mask/toward",
+    "mask/by_position",
+    "mask/by_budget",
+    *(f"{AT}/{name}" for name in bin_names(BINS)),
+    *(f"{BUDGET_AT}/{name}" for name in bin_names(BINS)),
+    "budget/exhausted_share",
+    "budget/spent_mean",
+    "budget/delta_b",
+    "budget/first_exhausted",
+    "budget/threshold",
+)
+_TOLD = ("status", "initial_weights", "first_rollout")  # the last two are digests, by which runs are seen to be paired
+_OF_RUN = pa.schema([(name, pa.string()) for name in _TOLD] + [("rollout", pa.int32())] + [(tag, pa.float32()) for tag in TAGS])
+_LABELS = pa.schema(
+    {"task": pa.string(), "method": pa.string(), "learning_rate": pa.float64(), "reuse": pa.int32(), "seed": pa.int32()}
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, R rollouts.  NaN stands for what was not measured."""
+
+    run: Run
+    status: str  # FINISHED, or why the run failed
+    initial_weights: str  # a digest
+    first_rollout: str  # a digest of its prompts and responses
+    curves: Mapping[str, Numbers]  # tag -> [R + 1]; the last one is after training
+
+    @property
+    def evaluations(self) -> Numbers:
+        """Accuracy on held-out problems, first to last."""
+        curve = self.curves[EVALUATION]
+        return curve[np.isfinite(curve)]
+
+
+def write_run(file: Path, told: Mapping[str, str], rows: Mapping[int, Mapping[str, float]]) -> None:
+    """One run's rows by rollout, to a file that has its name only when it is whole."""
+    table = pa.Table.from_pylist(
+        [{**dict.fromkeys(_TOLD, ""), **told, "rollout": rollout, **rows[rollout]} for rollout in sorted(rows)], _OF_RUN
+    )
+    _write(table, file)
+
+
+def last_evaluation(file: Path) -> float | None:
+    """Of one run's own file; None if it failed before the first."""
+    there = pq.read_table(file, columns=[EVALUATION], use_threads=False)[EVALUATION].drop_null()
+    return there[-1].as_py() if len(there) else None
+
+
+def assemble(runs: Sequence[Run], files: Sequence[Path], to: Path) -> None:
+    """All runs' rows in the order given, with what tells the runs apart."""
+    parts = []
+    for run, file in zip(runs, files, strict=True):
+        rows = pq.read_table(file, schema=_OF_RUN)
+        labels = {label.name: pa.repeat(pa.scalar(getattr(run, label.name), label.type), len(rows)) for label in _LABELS}
+        parts.append(pa.table({**labels, **{name: rows[name] for name in rows.column_names}}))
+    _write(pa.concat_tables(parts), to)
+
+
+def read(file: Path) -> list[Result]:
+    """The runs of an assembled file, in its order.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"results {str(file)!r} cannot be read ({' '.join(str(error).split())})") from error
+    if table.schema != pa.schema([*_LABELS, *_OF_RUN]):
+        raise ConfigError(f"{str(file)!r} holds something else than results; take a results.parquet that a sweep has made")
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    labels = zip(*(table[name].to_pylist() for name in Run._fields), strict=True)
+    found, start = [], 0
+    for run, rows in groupby(map(Run._make, labels)):
+        own = slice(start, start := start + len(list(rows)))
+        told = {name: str(columns[name][own][0]) for name in _TOLD}
+        curves = {tag: columns[tag][own].astype(np.float64) for tag in TAGS}
+        found.append(Result(run, told["status"], told["initial_weights"], told["first_rollout"], curves))
+    return found
+
+
+def difference(ours: Result, theirs: Result) -> str | None:
+    """Where two results of one run first differ, in words; None if they are equal in every number."""
+    for name in ("initial_weights", "first_rollout"):
+        if getattr(ours, name) != getattr(theirs, name):
+            return f"began with other {name.replace('_', ' ')}"
+    a, b = (np.stack([result.curves[tag] for tag in TAGS]) for result in (ours, theirs))  # [tags, R + 1]
+    rollouts = min(a.shape[1], b.shape[1])
+    a_there, b_there = a[:, :rollouts], b[:, :rollouts]
+    unlike = (a_there != b_there) & ~(np.isnan(a_there) & np.isnan(b_there))
+    if unlike.any():
+        rollout = int(np.flatnonzero(unlike.any(0))[0])
+        tag = int(np.flatnonzero(unlike[:, rollout])[0])
+        return f"from rollout {rollout + 1} on: {TAGS[tag]} is {a[tag, rollout]:.9g}, not {b[tag, rollout]:.9g}"
+    if a.shape != b.shape or ours.status != theirs.status:
+        return f"{a.shape[1] - 1} rollouts ({ours.status}), not {b.shape[1] - 1} ({theirs.status})"
+    return None
+
+
+def _write(table: pa.Table, file: Path) -> None:
+    with whole_file(file) as whole:
+        pq.write_table(table, whole, compression="zstd")

@@ -1,0 +1,147 @@
+"""The runs of a study, one process per core, until each has its result.
+
+A run's result appears whole or not at all, so what a kill costs is the runs under way; started again, the sweep does those that
+have none.  A run that fails by what it trains on is a result too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+from benchmarks.comparison.board import Board
+from benchmarks.comparison.grid import REPOSITORY, Run, Study
+from benchmarks.comparison.one_run import Place, carry_out
+from benchmarks.comparison.results import assemble, last_evaluation
+from cppo_lightning.errors import ConfigError
+
+_REFRESH = 1.0  # seconds
+
+
+class Sweep:
+    """Carries out runs of a study.
+
+    Args:
+        study: with the tasks and methods of the runs.
+        folder: for results, models and logs, of one sweep at a time.
+        cores: numbers of those to use, one run each.
+        options: further ones of ``fit``, for all runs.
+    """
+
+    def __init__(self, study: Study, folder: Path, cores: Sequence[int], options: Sequence[str] = ()) -> None:
+        self.study = study
+        self.folder = folder.absolute()
+        self.cores = cores
+        self.options = list(options)
+        self._running: dict[int, tuple[ForkProcess, Run, int]] = {}  # by sentinel; the last is its core
+
+    def place(self, run: Run) -> Place:
+        """Where a run's files are: elsewhere for every other way to make it, so that no result is taken for another's."""
+        task, method = self.study.tasks[run.task], self.study.methods[run.method]
+        configs = [(REPOSITORY / file).read_text() for file in (task.config, method.config)]
+        made_of = repr((task.model, method.overrides, configs, self.options))
+        return Place(self.folder / "runs" / run.name / hashlib.blake2b(made_of.encode(), digest_size=4).hexdigest())
+
+    @property
+    def results(self) -> Path:
+        """All results as one table."""
+        return self.folder / "results.parquet"
+
+    def carry_out(self, runs: Sequence[Run]) -> list[Run]:
+        """Get a result of each run, and ``results`` in the order of ``runs`` once all are there.
+
+        Returns:
+            Runs that ended without a result, for which their logs have to be read.
+
+        Raises:
+            ConfigError: another sweep uses the folder, or a model cannot be made.
+        """
+        with _alone(self.folder), Board(self.study, len(runs), len(self.cores)) as board:
+            for task in dict.fromkeys(run.task for run in runs):
+                self._make_model(task, board)
+            left = [run for run in runs if not self.place(run).result.exists()]
+            try:
+                failed = self._carry_out(left, board)
+            finally:
+                for process, *_ in self._running.values():
+                    process.terminate()
+                for process, *_ in self._running.values():
+                    process.join()
+        if not failed:
+            assemble(runs, [self.place(run).result for run in runs], self.results)
+        return failed
+
+    def _carry_out(self, runs: Sequence[Run], board: Board) -> list[Run]:
+        # the longest first, so that none is left for one core at the end
+        pending = deque(sorted(runs, key=lambda run: -self.study.tasks[run.task].core_seconds))
+        free, failed = deque(self.cores), list[Run]()
+        while pending or self._running:
+            while pending and free:
+                self._start(pending.popleft(), free.popleft())
+            board.show([*pending, *(run for _, run, _ in self._running.values())])
+            for sentinel in wait(list(self._running), _REFRESH):
+                process, run, core = self._running.pop(int(sentinel))  # type: ignore[call-overload]
+                process.join()
+                free.append(core)
+                if not self._note(run, process.exitcode, board):
+                    failed.append(run)
+        board.show(failed)
+        return failed
+
+    def _start(self, run: Run, core: int) -> None:
+        work = (self.study, run, self.model(run.task), self.place(run), core, os.getpid(), self.options)
+        process = multiprocessing.get_context("fork").Process(target=carry_out, args=work)
+        process.start()
+        self._running[process.sentinel] = process, run, core
+
+    def _note(self, run: Run, exitcode: int | None, board: Board) -> bool:
+        """Tell of a run that has ended; False if it has no result."""
+        place = self.place(run)
+        if not place.result.exists():
+            board.tell(f"{run.name} ended with {exitcode} and without a result: see {place.log}")
+            return False
+        times = json.loads(place.times.read_text()) if place.times.exists() else {}
+        board.ended(run, times.get("seconds"), last_evaluation(place.result))
+        return True
+
+    def model(self, task: str) -> Path:
+        """The folder of a task's initial weights."""
+        return self.folder / "models" / task
+
+    def _make_model(self, task: str, board: Board) -> None:
+        model = self.model(task)
+        if model.exists():  # it is renamed into place whole
+            return
+        words = [word.replace("{model}", str(model)) for word in self.study.tasks[task].model]
+        board.tell(f"making the initial weights of {task}: python -m {' '.join(words)}")
+        done = subprocess.run([sys.executable, "-m", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        if done.returncode or not model.exists():
+            raise ConfigError(f"tasks.{task}.model: {' '.join(words)!r} has made no {str(model)!r}: {done.stderr[-2000:]}")
+
+    def cost(self, runs: Sequence[Run]) -> dict[str, float]:
+        """Core seconds, and seconds on as many cores as there are, of all runs that noted them."""
+        times = [json.loads(file.read_text()) for file in (self.place(run).times for run in runs) if file.exists()]
+        core_seconds, seconds = (sum(time[key] for time in times) for key in ("core_seconds", "seconds"))
+        return {"core_seconds": core_seconds, "seconds": seconds / len(self.cores)}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--folder {str(folder)!r} is in use by a sweep that is under way") from error
+        yield
