@@ -12,21 +12,17 @@ handed out.  On CUDA Liger's fused loss joins in where it is installed; it gives
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import importlib.util
 import os
-import platform
-import re
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: its profiler reports each start and stop
 
 import torch
+from measure import machine, peak_extra_memory, seconds
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -134,39 +130,16 @@ class Measurement:
     """Of one round of one way."""
 
     seconds: float
-    extra_bytes: float  # nan where it cannot be told
+    extra_bytes: float
     total: float  # sum of the log-probabilities
 
 
 def measure(way: Way, problem: Problem) -> Measurement:
     problem.forget()
-    peak = cuda_peak if problem.hidden.is_cuda else resident_peak
-    before = peak(reset=True)
-    started = time.perf_counter()
-    logp = way.run(problem)
-    if logp.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return Measurement(seconds, peak() - before - problem.gradient_bytes, float(logp.double().sum()))
-
-
-def cuda_peak(reset: bool = False) -> float:
-    if reset:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated()
-
-
-def resident_peak(reset: bool = False) -> float:
-    """Highest resident set of this process in bytes; with ``reset`` that of now, after all that is free was given back."""
-    if platform.system() != "Linux":
-        return float("nan")
-    if reset:
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak begins anew
-    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else float("nan")
+    found: list[Tensor] = []
+    with peak_extra_memory(problem.hidden.device) as peak:
+        taken = seconds(lambda: found.append(way.run(problem)), problem.hidden.device)
+    return Measurement(taken, peak.bytes - problem.gradient_bytes, float(found[0].double().sum()))
 
 
 def share_of_products(way: Way, problem: Problem) -> float:
@@ -181,12 +154,12 @@ def share_of_products(way: Way, problem: Problem) -> float:
 
 def row(name: str, way: Way, rounds: list[dict[str, Measurement]], work: float) -> list[str]:
     base = BASE if way.trains else BASE_FORWARD
-    seconds = statistics.median(r[name].seconds for r in rounds)
+    taken = statistics.median(r[name].seconds for r in rounds)
     extra = max(r[name].extra_bytes for r in rounds)
     return [
-        f"{seconds:.3g}",
+        f"{taken:.3g}",
         f"{statistics.median(r[name].seconds / r[base].seconds for r in rounds):.2f}",
-        f"{way.products * work / seconds / 1e9:.0f}",
+        f"{way.products * work / taken / 1e9:.0f}",
         f"{extra / 1e6:.0f}",
         f"{extra / max(r[base].extra_bytes for r in rounds):.3f}",
     ]
@@ -216,8 +189,7 @@ def main() -> None:
     for number, name in track(turns, "rounds"):
         rounds[number][name] = measure(ways[name], problem)
 
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    table = Table(title=f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options}")
+    table = Table(title=f"{machine(device)}\n{options.tokens} tokens, hidden {options.hidden}, vocabulary {options.vocabulary}")
     for column in ("", "seconds", "whole = 1", "GFLOP/s", "extra MB", "whole = 1"):
         table.add_column(column, justify="right" if column else "left")
     work = 2.0 * options.tokens * options.hidden * options.vocabulary
