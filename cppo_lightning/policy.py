@@ -106,7 +106,8 @@ class Policy(nn.Module):
             return out.view(*shape, *values.shape[1:])
 
         return ResponseLogProbs(
-            logp=by_row(flat.logp),
+            # FSDP2 hooks into what has a gradient, and an operation in place on a view would undo that
+            logp=by_row(flat.logp).clone(),
             entropy=by_row(flat.entropy),
             topk_logp=None if flat.topk_logp is None else by_row(flat.topk_logp),
         )
