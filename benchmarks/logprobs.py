@@ -32,7 +32,7 @@ from torch.profiler import profile
 from cppo_lightning.logprobs import Head, token_logprobs
 
 TOP_K = 20
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::mkldnn_linear"}
+PRODUCTS = {"aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"}
 # the bounds that the project sets itself, as multiples of the whole logits' time and memory
 TIME_LIMIT = {"cpu": 1.15, "cuda": 1.1}
 MEMORY_LIMIT = 0.1

@@ -5,12 +5,13 @@ Shapes: N token positions, H hidden size, V vocabulary, v tokens of one slice of
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
+
+from cppo_lightning.onednn import product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,9 +87,8 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
         softmax = _RunningSoftmax(wanted)
-        rows = _operand(hidden)
         for columns in _slices(hidden, weight):
-            softmax.add(head.logits(rows, columns), columns)
+            softmax.add(head.logits(hidden, columns), columns)
         lse, entropy = softmax.lse, softmax.entropy
         topk_logp = softmax.logits[:, 1:] - lse[:, None]
         ctx.head = head
@@ -106,9 +106,8 @@ class _TokenLogProbs(torch.autograd.Function):
         # each slice writes its part; without tokens there is none
         new = torch.empty_like if len(hidden) else torch.zeros_like
         grad_weight, grad_bias = new(weight) if want_weight else None, new(bias) if want_bias else None
-        rows, features = _operand(hidden), _operand(hidden.t()) if want_weight else None
         for columns in _slices(hidden, weight):
-            logits = head.logits(rows, columns)
+            logits = head.logits(hidden, columns)
             slope = head.cap_slope(logits)
             # d logp / d logits = onehot - softmax
             grad = logits.sub_(lse[:, None]).exp_().mul_(-grad_logp)
@@ -122,8 +121,8 @@ class _TokenLogProbs(torch.autograd.Function):
             grad = grad.to(weight.dtype) if grad.is_cuda else grad
             if grad_hidden is not None:
                 grad_hidden += _linear(grad, weight[columns].t())
-            if grad_weight is not None and features is not None:
-                grad_weight[columns] = _linear(grad.t(), features)
+            if grad_weight is not None:
+                grad_weight[columns] = _linear(grad.t(), hidden.t())
         return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
@@ -185,18 +184,4 @@ def _linear(a: Tensor, b: Tensor) -> Tensor:
         if a.is_cuda:
             same = a.dtype == b.dtype != torch.float32
             return torch.mm(a, b.t(), out_dtype=torch.float32) if same else functional.linear(a.float(), b.float())
-        out = functional.linear(_operand(a), _operand(b))
-        return out.to_dense() if out.is_mkldnn else out
-
-
-def _operand(x: Tensor) -> Tensor:
-    """``x`` as :func:`_linear` multiplies it; what is multiplied often is best passed through here once.
-
-    On x86 CPUs that is oneDNN's layout: the products of torch's own come from MKL, which takes twice as long on those of AMD.
-    torch.compile cannot trace it.
-    """
-    if x.is_cuda or x.is_mkldnn:
-        return x
-    one_dnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    x86 = x.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    return x.float().contiguous().to_mkldnn() if one_dnn and x86 and not torch.compiler.is_compiling() else x.float()
+        return product(a.float(), b.float())

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.logprobs import Head, token_logprobs
 from cppo_lightning.lora import IS_ADAPTER, added_by_adapters
+from cppo_lightning.onednn import use_onednn
 from cppo_lightning.policy_config import PolicyConfig
 from cppo_lightning.sequences import Sequences, Work
 
@@ -78,6 +79,7 @@ class Policy(nn.Module):
             config.lora.add_to(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        use_onednn(model)
         # training mode is what gradient checkpointing asks for; with dropout off it is the same function
         return cls(model).train()
 

@@ -1,9 +1,9 @@
-"""Three replacements inside the embedded engine's own copy of a transformers model, each with the same result, sooner.
+"""Replacements inside the embedded engine's own copy of a transformers model, each with the same result, sooner.
 
 * ``GrowingLayer``: a KV cache written in place, where transformers copies the whole cache for every token.
 * grouped attention: query heads that share a key head are attended together, where transformers first copies keys and
   values once per query head.
-* oneDNN for float32 ``nn.Linear`` on a CPU, which took a half to a third of the time of torch's default (MKL) on an AMD CPU.
+* oneDNN, of ``cppo_lightning.onednn``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from cppo_lightning.onednn import use_onednn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,25 +110,10 @@ def grouped_attention(
     return out.reshape(rows, 1, heads, value.shape[-1]), None
 
 
-class OneDNNLinear(nn.Linear):
-    """``nn.Linear`` for inference in float32 on a CPU."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
-
-
-def onednn_available() -> bool:
-    """Whether this torch can run :class:`OneDNNLinear` (the operator is torch's own, used by its compiler)."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def speed_up(model: PreTrainedModel) -> None:
-    """Apply grouped attention and oneDNN to ``model`` where they fit; its parameters stay the same tensors."""
+    """Apply grouped attention, where it fits, and oneDNN to ``model``; its parameters stay the same tensors."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
         AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)
         model.set_attn_implementation(GROUPED_ATTENTION)
-    if model.device.type == "cpu" and model.dtype == torch.float32 and onednn_available():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDNNLinear
+    use_onednn(model)
