@@ -24,7 +24,7 @@ export PIP_ROOT_USER_ACTION = ignore
 # pyright's wrapper asks for newer versions of itself otherwise, and `make lint` has to work offline.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help quickstart quickstart-vllm debug install install-dev install-vllm test soak lint format docs clean
+.PHONY: help quickstart quickstart-vllm debug comparison install install-dev install-vllm test test-plain soak lint format docs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -32,9 +32,11 @@ help:
 	@echo "make quickstart       install, then teach SmolLM2-135M one-digit sums with CPPO"
 	@echo "make quickstart-vllm  the same, sampling with vLLM"
 	@echo "make debug            a tiny random model through the whole loop, in seconds"
+	@echo "make comparison       three trust regions side by side, which must equal the committed study"
 	@echo "make install          .venv with everything that the quickstart needs"
 	@echo "make install-vllm     vLLM's CPU build besides (Linux, x86-64 or aarch64)"
 	@echo "make test             the tests; options for pytest in PYTEST_ARGS"
+	@echo "make test-plain       the correctness tests with all that is there for speed off"
 	@echo "make soak             those that take minutes each, which CI runs too"
 	@echo "make lint             ruff and pyright;  make format  puts the code into form"
 	@echo "make docs             the pages of docs/ as a site, in build/docs"
@@ -49,8 +51,17 @@ quickstart-vllm: $(DONE)/vllm $(SMOLLM2)
 debug: $(DONE)/install $(TINY)
 	$(BIN)/python -m cppo_lightning fit --config configs/debug.yaml
 
+# from the beginning, so that it says something of this machine
+comparison: $(DONE)/install
+	rm -rf build/comparison-cell
+	$(BIN)/python -m benchmarks.comparison run --folder build/comparison-cell --task chain_16 --learning-rate 8e-4 --reuse 2 \
+	  --method none grpo cppo --seed 1 2 --against benchmarks/comparison/results.parquet
+
 test: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm) $(SMOLLM2)
 	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+
+test-plain: $(DONE)/dev
+	$(BIN)/python -m pytest --without-fast-paths $(PYTEST_ARGS)
 
 soak: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm) $(SMOLLM2)
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

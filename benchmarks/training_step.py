@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Con
 
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.module import RLVRModule
+from cppo_lightning.onednn import product
 from cppo_lightning.policy import Policy, PolicyConfig
 from cppo_lightning.trust_regions import CPPO
 
@@ -114,7 +115,7 @@ def peak(device: torch.device, given: float | None) -> tuple[float, str] | None:
         name = torch.cuda.get_device_name(device)
         return next(((value, f"{part}'s data sheet, bf16") for part, value in BF16_PEAKS.items() if part in name), None)
     a, b, n = torch.randn(2048, 2048), torch.randn(2048, 2048), 2048
-    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(10)), "fastest of 20 float32 products of 2048 x 2048"
+    return 2 * n**3 / min(seconds(lambda: product(a, b)) for _ in range(10)), "fastest of 20 float32 products of 2048 x 2048"
 
 
 def optimizer_seconds(policy: Policy, device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -141,10 +142,12 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--precision", help="the Trainer's; bf16-mixed on a GPU and 32-true on a CPU if it is not said")
     parser.add_argument("--peak", type=float, help="10^12 operations per second of the device, where its name is not known")
+    parser.add_argument("--without-onednn", action="store_true", help="torch's own matrix products on a CPU")
     parser.add_argument("--rounds", type=int, default=3, help="of a step without clocks and one with them")
     options = parser.parse_args()
 
     warnings.filterwarnings("ignore", module="lightning")
+    torch.backends.mkldnn.set_flags(not options.without_onednn)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     if (best := peak(device, options.peak)) is None:

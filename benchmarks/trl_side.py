@@ -1,6 +1,11 @@
 """TRL's GRPOTrainer on the problems of ``vs_trl.py``, which runs this file with an interpreter that has TRL.
 
 It imports nothing of this project.  Seconds of each rollout are printed as one line of JSON, and the model is saved.
+
+Set so that it is as fast as these settings get on a CPU: a whole update in one pass, no gradient checkpointing, nothing logged,
+and TRL's defaults for attention (sdpa), optimizer (fused AdamW), log-probabilities (in chunks) and the loss (token mean), which
+are the faster ones.  A static cache generated no faster (16.3 s of CPU time a rollout, 15.5 s with the default).  The second
+update needs the log-probabilities of the policy that sampled, for which TRL reads the rollout once more.
 """
 
 from __future__ import annotations

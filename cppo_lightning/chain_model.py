@@ -49,6 +49,8 @@ class Pretraining:
         steps: optimizer steps.
         batch: chains in a step, each seen once.
         learning_rate: highest of a cycle that rises over the first tenth of the steps and falls over the rest.
+        short: operations that are left of the chains in the first half of the steps; None: all.  Their answers are at the
+            positions that they have behind a whole chain, so that an operation's distance is learnt among few tokens.
         seed: of the weights, the chains and the slips.
         threads: of torch while it trains; another number sums in another order.
 
@@ -62,6 +64,7 @@ class Pretraining:
     steps: int
     batch: int = 8
     learning_rate: float = 2e-3
+    short: int | None = None
     seed: int = 0
     threads: int = 1
 
@@ -69,6 +72,8 @@ class Pretraining:
         for name in ("operations", "steps", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"Pretraining.{name} must be at least 1, got {getattr(self, name)}")
+        if self.short is not None and not 1 <= self.short <= self.operations:
+            raise ConfigError(f"Pretraining.short must be from 1 to operations = {self.operations}, got {self.short}")
         if not 0 <= self.slip < 1:
             raise ConfigError(f"Pretraining.slip must be in [0, 1), got {self.slip}")
         if self.learning_rate <= 0:
@@ -77,7 +82,7 @@ class Pretraining:
     def traces(self) -> Iterator[tuple[str, str]]:
         """``steps * batch`` chains of those that are not held out, each with its values, slips included.
 
-        The first half has none: arithmetic is learnt several times as fast from values that are right.
+        The first half is short and has no slips: arithmetic is learnt several times as fast from values that are right.
         """
         generator = random.Random(self.seed)
 
@@ -86,7 +91,11 @@ class Pretraining:
 
         chains = ChainPrompts(self.operations, self.steps * self.batch, self.seed).chains()
         for number, chain in enumerate(chains):
-            yield chain, running_values(chain, slip) if 2 * number >= len(chains) else running_values(chain)
+            if number >= self.steps // 2 * self.batch:
+                yield chain, running_values(chain, slip)
+            else:
+                begun = _beginning(chain, self.short or self.operations)
+                yield begun, running_values(begun)
 
     def run(self, progress_bar: bool = False) -> Path:
         """Train and write the model; one that is there already is left alone.
@@ -172,8 +181,17 @@ def accuracy(folder: Path, operations: int, problems: int = 512, seed: int = 0) 
     return sum(verdict.outcome is Outcome.CORRECT for verdict in verdicts) / len(verdicts)
 
 
+def _beginning(chain: str, operations: int) -> str:
+    """The chain with no more than its first ``operations`` operations, as it is asked."""
+    formula, _, answer = chain.partition("=")
+    return f"{formula[: 1 + 2 * operations]}={answer}"
+
+
 class _Batches:
-    """Token ids and labels ``[batch, 4 * operations + 4]`` of each step; the answer and what ends it are learnt."""
+    """Token ids, labels and positions of each step; the answer and what ends it are learnt.
+
+    All are ``[batch, 4 * k + 4]`` for chains of k operations; positions from ``=`` on are those of ``operations`` of them.
+    """
 
     def __init__(self, settings: Pretraining, tokenizer: PreTrainedTokenizerFast) -> None:
         self.settings = settings
@@ -182,14 +200,25 @@ class _Batches:
     def __len__(self) -> int:
         return self.settings.steps
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         traces = self.settings.traces()
         for _ in range(len(self)):
             rows = [next(traces) for _ in range(self.settings.batch)]
             ids = torch.tensor([[*map(self.ids.__getitem__, chain + values), self.ids[_EOS]] for chain, values in rows])
             labels = ids.clone()
-            labels[:, : len(rows[0][0])] = _IGNORED
-            yield ids, labels
+            asked, _ = rows[0]
+            labels[:, : len(asked)] = _IGNORED
+            positions = torch.arange(ids.shape[1])
+            answer = asked.index("=")
+            positions[answer:] += 2 * self.settings.operations + 1 - answer
+            yield ids, labels, positions.expand_as(ids)
+
+
+def _loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy, nats per token, of :class:`_Batches`' tokens."""
+    # without a mask transformers takes a gap in the positions for the end of one sequence and the start of another
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
 
 
 class _NextToken(LightningModule):
@@ -198,10 +227,8 @@ class _NextToken(LightningModule):
         self.model = model
         self.settings = settings
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        ids, labels = batch
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = _loss(self.model, *batch)
         self.log("loss", loss, prog_bar=True)
         return loss
 

@@ -59,11 +59,30 @@ def no_launcher() -> Iterator[None]:
             os.environ[name] = value
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without-fast-paths", action="store_true", help="repeat the correctness tests with all that is there for speed off"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("without_fast_paths"):
+        from tests import fast_paths
+
+        fast_paths.turn_off(pytest.MonkeyPatch())  # never undone: the process is this run's alone
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips tests that need vLLM where it is not installed, and writes into the JUnit report which those are.
 
     .ci/run fails where they should have run and did not.
     """
+    if config.getoption("without_fast_paths"):
+        from tests import fast_paths
+
+        left_out = [item for item in items if not fast_paths.repeats(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     missing = importlib.util.find_spec("vllm") is None
     for item in items:
         if item.get_closest_marker("vllm"):

@@ -20,12 +20,15 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, deadline
     Raises:
         AssertionError: with the traceback of a rank that failed, or when ranks take longer than ``deadline`` seconds.
     """
+    # here and not above, which each rank would import too
+    from tests.fast_paths import are_off
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes = [_RANKS.Pipe(duplex=False) for _ in range(count)]
     ranks = [
-        _RANKS.Process(target=_rank, args=(rank, count, port, sender, function, arguments), daemon=True)
+        _RANKS.Process(target=_rank, args=(rank, count, port, are_off(), sender, function, arguments), daemon=True)
         for rank, (_, sender) in enumerate(pipes)
     ]
     for rank in ranks:
@@ -45,10 +48,18 @@ def _result(rank: int, receiver: Any, deadline: float) -> Any:
     return result
 
 
-def _rank(rank: int, count: int, port: int, sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, count: int, port: int, plain: bool, sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if plain:
+        import pytest
+
+        from tests.fast_paths import turn_off
+
+        turn_off(pytest.MonkeyPatch())
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(number) for name, number in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoConfig, AutoTokenizer
 
 from cppo_lightning import chain_model
-from cppo_lightning.chain_model import Pretraining
+from cppo_lightning.chain_model import Pretraining, _Batches, _loss, chain_tokenizer
 from cppo_lightning.cli import main
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.prompts import BadRows, ChainPrompts, LoadCounts
@@ -197,6 +197,34 @@ def test_traces_slip_as_often_as_they_are_told_to() -> None:
     assert [values for _, values in replace(pretraining, slip=0.0).traces()] == [running_values(chain) for chain, _ in traces]
 
 
+def test_the_first_half_is_cut_short_in_whole_batches() -> None:
+    pretraining = Pretraining("unused", 8, slip=0.5, steps=5, batch=3, short=2)
+    (cut, whole), tokenizer = [list(replace(pretraining, short=short).traces()) for short in (2, None)], chain_tokenizer()
+    assert cut[6:] == whole[6:]
+    for (chain, written), (longer, values) in zip(cut[:6], whole[:6], strict=True):
+        assert (chain, written) == (f"{longer[:5]}={longer[0]},", values[:3])
+        assert values == running_values(longer)
+    shapes = [[tuple(part.shape) for part in batch] for batch in _Batches(pretraining, tokenizer)]
+    assert shapes == [[(3, 12)] * 3] * 2 + [[(3, 36)] * 3] * 3
+
+
+def test_a_short_chain_is_read_as_if_what_it_lacks_were_there_and_hidden() -> None:
+    """Answers are as far behind their operations as in a whole chain; the oracle has padding in the gap, under a mask."""
+    settings, tokenizer = Pretraining("unused", 8, slip=0.0, steps=2, batch=3, short=3), chain_tokenizer()
+    torch.manual_seed(0)
+    model = chain_model.chain_model(tokenizer, settings.operations)
+    ids, labels, positions = next(iter(_Batches(settings, tokenizer)))
+    padded, there = torch.zeros(3, 26, dtype=torch.long), torch.ones(3, 26, dtype=torch.long)
+    padded[:, :7], padded[:, 17:], there[:, 7:17] = ids[:, :7], ids[:, 7:], 0
+    logits = model(input_ids=padded, attention_mask=there).logits.log_softmax(-1)
+    answers = [tokenizer.decode(row[20:-1]) for row in padded]
+    assert answers == [values for _, values in list(settings.traces())[:3]]
+    expected = -logits[:, 19:-1].gather(-1, padded[:, 20:, None]).mean()
+    torch.testing.assert_close(_loss(model, ids, labels, positions), expected, atol=1e-5, rtol=0)
+    together = _loss(model, ids, labels, torch.arange(16).expand_as(ids))
+    assert abs(together - expected) > 1e-3, "the gap matters"
+
+
 def test_pretraining_gives_the_same_weights_again(chain_folder: Path, tmp_path: Path) -> None:
     given_settings = yaml.safe_load((CONFIGS / "chain" / "pretrain_16.yaml").read_text()) | {"operations": FEW, "steps": 3}
     torch.manual_seed(7)
@@ -219,6 +247,8 @@ def test_pretraining_gives_the_same_weights_again(chain_folder: Path, tmp_path: 
     [
         ({"operations": 0}, r"Pretraining\.operations must be at least 1, got 0"),
         ({"threads": 0}, r"Pretraining\.threads must be at least 1, got 0"),
+        ({"short": 3}, r"Pretraining\.short must be from 1 to operations = 2, got 3"),
+        ({"short": 0}, r"Pretraining\.short must be from 1 to operations = 2, got 0"),
         ({"slip": 1.0}, r"Pretraining\.slip must be in \[0, 1\), got 1.0"),
         ({"learning_rate": 0.0}, r"Pretraining\.learning_rate must be above 0, got 0.0"),
     ],
@@ -259,6 +289,16 @@ def in_numbers(operations: int, name: str = "chain_16") -> str:
     ):
         text = re.sub(found, wanted, text)
     return text
+
+
+@pytest.mark.parametrize("operations", [64, 128])
+def test_configs_for_longer_chains_differ_in_what_length_changes(operations: int) -> None:
+    """As many slips in a chain, and a first half of chains that are no longer than those of 16."""
+    assert read(f"chain/chain_{operations}") == yaml.safe_load(in_numbers(operations))
+    start, shortest = read(f"chain/pretrain_{operations}"), read("chain/pretrain_16")
+    slip = shortest["slip"] * 16 / operations
+    assert start == {**shortest, "folder": f"models/chain-{operations}", "operations": operations, "slip": slip, "short": 16}
+    Pretraining(**start)
 
 
 def test_the_config_is_the_papers_comparison_in_miniature(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from tests import user_folder
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
-WHOLE = ["quickstart", "quickstart_vllm", "debug"]
+WHOLE = ["quickstart", "quickstart_vllm", "debug", "sums"]
 
 
 @pytest.fixture

@@ -1,58 +1,34 @@
-"""The comparison of trust regions: its grid, its sweep, and what its report says of results that are known."""
+"""The comparison of trust regions: its grid, its sweep, and its commands."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from omegaconf import OmegaConf
 
-from benchmarks.comparison.__main__ import RESULTS
-from benchmarks.comparison.grid import REPOSITORY, Cell, Definitions, Run, load_study
+from benchmarks.comparison.__main__ import main
+from benchmarks.comparison.grid import REPOSITORY, Run, load_study
 from benchmarks.comparison.one_run import settings
-from benchmarks.comparison.outcomes import (
-    Outcome,
-    by_cell,
-    chance_range,
-    outcome,
-    paired,
-    pairs,
-    separates,
-    stable_learning_rates,
-    unpaired,
-)
+from benchmarks.comparison.outcomes import Outcome, outcome, unpaired
 from benchmarks.comparison.recorder import RunRecorder
-from benchmarks.comparison.report import replaced, tables, write_report
-from benchmarks.comparison.results import EVALUATION, FINISHED, TAGS, Result, assemble, difference, read, write_run
+from benchmarks.comparison.report import write_report
+from benchmarks.comparison.results import EVALUATION, FINISHED, Result, assemble, difference, read
+from benchmarks.comparison.sweep import Sweep
 from cppo_lightning.errors import ConfigError, RolloutError
+from tests.known_study import DECLARED, DEFINITIONS, SMALL, save, table_of
 from tests.sweep_rig import results as results_in
-
-DEFINITIONS = Definitions(2, collapsed_below=0.5, stable_share=0.2, separation=0.1, seeds=5, reference="cppo")
-SMALL: dict[str, Any] = {
-    "tasks": {"chain": {"config": "configs/chain/chain_16.yaml", "model": ["not.made"], "core_seconds": 1}},
-    "methods": {"grpo": {"preset": "grpo"}, "cppo": {"preset": "cppo", "overrides": {"delta": 0.2}}},
-    "definitions": vars(DEFINITIONS) | {"final_evaluations": 1},
-    "blocks": [{"tasks": ["chain"], "methods": ["grpo", "cppo"], "learning_rates": [1e-2], "reuses": [2], "seeds": [1, 2]}],
-}
-
-
-def save(study: Mapping[str, Any], folder: Path) -> Path:
-    file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(study, sort_keys=False))
-    return file
 
 
 def two_rollouts(folder: Path) -> Path:
     """The chain's config, of a size for tests; a digit and a comma are right, which an untrained model writes now and then."""
     config = OmegaConf.load(REPOSITORY / "configs" / "chain" / "chain_16.yaml")
-    config.trainer.max_epochs = 2
     config.data.plan.update(prompts=8, updates=2)
     config.data.prompts.init_args.count = 64
     config.data.evaluation.prompts.init_args.count = 16
@@ -114,8 +90,8 @@ class TestSweep:
         (tmp_path / "comparison.md").write_text((REPOSITORY / "docs" / "comparison.md").read_text())
         written = write_report(load_study(sweeps / "study.yaml"), sweeps / "alone" / "results.parquet", tmp_path)
         page = (tmp_path / "comparison.md").read_text()
-        assert "### Chain, learning rate 0.01, reuse 2" in page
-        assert "4 runs" in page
+        assert "### chain, learning rate 0.01, reuse 2" in page
+        assert "All 4 declared runs are in" in page
         assert [file.name for file in written] == [
             "comparison.md",
             *(f"comparison-chain-{n}.png" for n in ("accuracy", "masks", "budget")),
@@ -123,7 +99,7 @@ class TestSweep:
         assert all(file.read_bytes()[:4] == b"\x89PNG" for file in written[1:])
 
     def test_results_are_equal_or_said_where_not(self, sweeps: Path) -> None:
-        first, other, *_ = read(sweeps / "alone" / "results.parquet")
+        first, _, other, *_ = read(sweeps / "alone" / "results.parquet")
         assert difference(first, first) is None
         assert difference(first, other) == "began with other first rollout"
         curve = first.curves["train/entropy"].copy()
@@ -148,7 +124,7 @@ def test_a_run_that_fails_is_a_result(tmp_path: Path) -> None:
     assemble([run], [file], tmp_path / "results.parquet")
     (result,) = read(tmp_path / "results.parquet")
     assert result.status == "not finite; ./nonfinite has it"
-    assert outcome(result, DEFINITIONS) == Outcome(run, initial=0.5, best=0.5, final=0.0, collapsed=True, failed=True)
+    assert outcome(result, DEFINITIONS) == Outcome(run, initial=0.5, best=0.5, final=0.0, collapsed=True, failure=result.status)
 
 
 class TestGrid:
@@ -174,6 +150,7 @@ class TestGrid:
             (lambda s: s["methods"]["cppo"].update(overrides={"delta": -1}), "methods.cppo: CPPO.delta must be above 0"),
             (lambda s: s["methods"]["cppo"].update(overrides={"dleta": 1}), "dleta"),
             (lambda s: s["tasks"]["chain"].update(config="configs/chains.yaml"), "tasks.chain.config: 'configs/chains.yaml'"),
+            (lambda s: s["tasks"]["chain"].update(rollouts=0), "tasks.chain.rollouts must be at least 1, got 0"),
             (lambda s: s["definitions"].update(reference="dppo"), "definitions.reference: 'dppo' is not one of"),
         ],
     )
@@ -184,13 +161,13 @@ class TestGrid:
             load_study(save(study, tmp_path))
         assert message in str(error.value)
 
-    def test_runs_are_the_blocks_products_each_once(self, tmp_path: Path) -> None:
+    def test_runs_are_the_blocks_products_each_once_and_seed_by_seed(self, tmp_path: Path) -> None:
         blocks = [SMALL["blocks"][0], {**SMALL["blocks"][0], "methods": ["cppo"], "seeds": [2, 3]}]
         study = load_study(save({**SMALL, "blocks": blocks}, tmp_path))
         assert [(run.method, run.seed) for run in study.runs()] == [
             ("grpo", 1),
-            ("grpo", 2),
             ("cppo", 1),
+            ("grpo", 2),
             ("cppo", 2),
             ("cppo", 3),
         ]
@@ -205,6 +182,7 @@ class TestGrid:
         grpo, cppo = (settings(study, Run("chain", method, 1e-3, 2, 7), tmp_path) for method in ("grpo", "cppo"))
         assert grpo["model"].pop("trust_region") != cppo["model"].pop("trust_region")
         assert grpo == cppo
+        assert grpo["trainer"]["max_epochs"] == 2
 
     def test_the_study_is_the_papers_and_fits_its_time(self) -> None:
         study = load_study()
@@ -215,108 +193,49 @@ class TestGrid:
         assert sum(study.tasks[run.task].core_seconds for run in study.runs()) <= 6 * 3600 * 2
 
 
-def results_of(run: Run, evaluations: Sequence[float], status: str = FINISHED) -> Result:
-    nothing = np.full(len(evaluations), np.nan)
-    return Result(run, status, "w", f"seed {run.seed}", {**dict.fromkeys(TAGS, nothing), EVALUATION: np.array(evaluations)})
+class TestCommands:
+    @pytest.fixture
+    def done(self, tmp_path: Path) -> Path:
+        """A study's folder, in which the runs of the first seed have results."""
+        save(SMALL, tmp_path)
+        sweep = Sweep(load_study(tmp_path / "study.yaml"), tmp_path / "folder", [0])
+        table_of(DECLARED[:2], tmp_path)
+        for run in DECLARED[:2]:
+            place = sweep.place(run)
+            place.folder.mkdir(parents=True)
+            (tmp_path / run.name / "result.parquet").rename(place.result)
+            place.times.write_text(json.dumps({"seconds": 50.0, "core_seconds": 60.0}))
+        return tmp_path
 
+    def collect(self, done: Path, folder: str = "folder") -> int:
+        to = ["--folder", str(done / folder), "--results", str(done / "collected.parquet")]
+        return main(["collect", "--study", str(done / "study.yaml"), *to])
 
-def outcomes(finals: Mapping[str, Sequence[float]], rate: float = 1e-4) -> list[Outcome]:
-    """One for each seed, all from 0.6."""
-    runs = [
-        (Run("chain", method, rate, 2, seed), final) for method, found in finals.items() for seed, final in enumerate(found, 1)
-    ]
-    return [outcome(results_of(run, [0.6, final, final]), DEFINITIONS) for run, final in runs]
+    def test_what_is_there_by_now_is_collected(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.collect(done) == 0
+        assert "2 of 4 runs" in capsys.readouterr().out
+        assert (done / "collected.parquet").read_bytes() == (done / "results.parquet").read_bytes()
+        cost = json.loads((done / "collected.json").read_text())
+        assert (cost["runs"], cost["core_seconds"], cost["seconds"] * cost["cores"]) == (2, 120, 100)
+        assert self.collect(done, "elsewhere") == 2
+        assert "has no result of these runs" in capsys.readouterr().err
 
+    def test_a_comment_in_a_config_makes_no_result_void(self, tmp_path: Path) -> None:
+        config = tmp_path / "chain.yaml"
+        config.write_text("trainer: {max_epochs: 2}\n")
+        task = {**SMALL["tasks"]["chain"], "config": str(config)}
+        study = load_study(save({**SMALL, "tasks": {"chain": task}}, tmp_path))
+        places = []
+        for text in ("trainer: {max_epochs: 2}\n", "# two\ntrainer:\n  max_epochs: 2\n", "trainer: {max_epochs: 3}\n"):
+            config.write_text(text)
+            places.append(Sweep(study, tmp_path, [0]).place(DECLARED[0]).folder)
+        assert places[0] == places[1] != places[2]
 
-class TestOutcomes:
-    def test_by_hand(self) -> None:
-        run = Run("chain", "cppo", 1e-4, 2, 1)
-        found = outcome(results_of(run, [0.6, np.nan, 0.9, 0.2, np.nan, 0.3]), DEFINITIONS)
-        assert (found.initial, found.best, found.final, found.collapsed) == (0.6, 0.9, 0.25, True)
-        assert not outcome(results_of(run, [0.6, 0.3, 0.3]), DEFINITIONS).collapsed  # half of it is not below half
-        with pytest.raises(ConfigError, match="has 2 evaluations"):
-            outcome(results_of(run, [0.6, 0.3]), DEFINITIONS)
-
-    def test_paired_differences_by_hand(self) -> None:
-        """Of two seeds a quarter of the resamples are the one alone and a quarter the other: the interval is their range."""
-        methods = by_cell(outcomes({"a": [0.9, 0.5, 0.1], "b": [0.6, 0.4]}))[Cell("chain", 1e-4, 2)]
-        found = paired(methods["a"], methods["b"])
-        assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.1, 0.3))
-        assert found.seeds == 2
-        assert found.excludes_zero
-        assert not paired(methods["b"], methods["b"]).excludes_zero
-
-    def test_equal_methods_are_seldom_told_apart_and_others_always(self) -> None:
-        """Of 100 cells of six equal methods and five seeds about 5 have a pair beyond chance."""
-        rng = np.random.default_rng(0)
-        cells = rng.uniform(0.3, 0.9, (100, 5, 6))
-        beyond = [np.ptp(finals.mean(0)) > chance_range(finals, 500) for finals in cells]
-        assert 1 <= sum(beyond) < 12
-        cells[:, :, 0] = 0.05
-        assert all(np.ptp(finals.mean(0)) > chance_range(finals, 500) for finals in cells[:10])
-        # two methods and one seed: in either order they are as far apart
-        assert chance_range(np.array([[0.2, 0.9]])) == pytest.approx(0.7)
-
-    def test_every_pair_of_a_cell(self) -> None:
-        rng = np.random.default_rng(0)
-        good = {name: rng.uniform(0.7, 0.9, 8).tolist() for name in "abc"}
-        methods = by_cell(outcomes({**good, "bad": [0.1] * 5}))[Cell("chain", 1e-4, 2)]
-        found = {(pair.first, pair.second): pair for pair in pairs(methods)}
-        assert {pair for pair, told in found.items() if told.beyond_chance} == {(name, "bad") for name in "abc"}
-        assert len(found) == 6
-        assert (found["a", "b"].difference.seeds, found["a", "bad"].difference.seeds) == (8, 5)
-
-    def test_separation(self) -> None:
-        close, apart = (by_cell(outcomes({"a": [0.5, 0.7], "b": b})) for b in ([0.6, 0.69], [0.75, 0.66]))
-        assert not any(separates(methods, DEFINITIONS) for methods in close.values())
-        assert all(separates(methods, DEFINITIONS) for methods in apart.values())
-
-    def test_stable_learning_rates(self) -> None:
-        finals = {
-            1e-5: {"a": [0.9] * 5, "b": [0.1, 0.9], "c": [0.9]},
-            1e-4: {"a": [0.9] * 4 + [0.1], "b": [0.9, 0.9]},  # a fifth of a's collapses
-            1e-3: {"a": [0.9] * 3 + [0.1] * 2, "b": [0.9, 0.9]},
-            1e-2: {"a": [0.9] * 5, "b": [0.9, 0.9]},
-        }
-        cells = by_cell([found for rate, methods in finals.items() for found in outcomes(methods, rate)])
-        assert stable_learning_rates(cells, DEFINITIONS) == {("chain", 2): {"a": 1e-4, "b": None}}
-
-    def test_runs_that_are_not_paired_are_found(self) -> None:
-        a, b = (results_of(Run("chain", method, 1e-4, 2, 1), [0.6]) for method in "ab")
-        assert unpaired([a, b]) == []
-        assert unpaired([a, Result(b.run, b.status, b.initial_weights, "other", b.curves)]) == [b.run.name]
-
-
-class TestReport:
-    @pytest.mark.skipif(not RESULTS.exists(), reason="the study's results are not committed")
-    def test_the_page_is_of_the_committed_results(self) -> None:
-        study, results = load_study(), read(RESULTS)
-        cells = by_cell([outcome(result, study.definitions) for result in results])
-        page = (REPOSITORY / "docs" / "comparison.md").read_text()
-        for name, part in tables(study, cells, json.loads(RESULTS.with_suffix(".json").read_text())).items():
-            assert replaced(page, name, part) == page, name
-
-    def test_tables_by_hand(self, tmp_path: Path) -> None:
-        study = load_study(save(SMALL, tmp_path))
-        cells = by_cell(outcomes({"grpo": [0.2, 0.4], "cppo": [0.7, 0.8]}))
-        cost = {"runs": 4, "core_seconds": 7200.0, "seconds": 3600.0, "cores": 2, "machine": "a machine"}
-        parts = tables(study, cells, cost)  # type: ignore[arg-type]
-        assert parts["cost"] == "4 runs, 2.0 core hours, 1.0 hours on 2 cores: a machine."
-        assert "| grpo | 2 | 0.300 [0.200, 0.400] | 0.600 [0.600, 0.600] | 1 of 2 | -0.450 [-0.500, -0.400] |" in parts["cells"]
-        assert "Starts at 0.600; separates the methods, with fewer than the 5 seeds that it should have." in parts["cells"]
-        assert "1 pairs. The interval of 1 excludes zero" in parts["pairs"]
-        assert "| cppo | +0.45\\* |" in parts["pairs"]
-
-    def test_the_page_keeps_what_is_outside_its_markers(self) -> None:
-        begin, end = (f"<!-- made by python -m benchmarks.comparison report: cost{edge} -->" for edge in ("", ", end"))
-        page = f"before\n{begin}\nold\n{end}\nafter\n"
-        assert replaced(page, "cost", "new \\1") == f"before\n{begin}\n\nnew \\1\n\n{end}\nafter\n"
-        with pytest.raises(ConfigError, match="no place for cells"):
-            replaced(page, "cells", "new")
-
-    def test_results_that_lack_a_run_are_refused(self, tmp_path: Path) -> None:
-        study, run = load_study(save(SMALL, tmp_path)), Run("chain", "cppo", 1e-2, 2, 1)
-        write_run(tmp_path / "run" / "result.parquet", {"status": FINISHED}, {0: {EVALUATION: 0.5}})
-        assemble([run], [tmp_path / "run" / "result.parquet"], tmp_path / "results.parquet")
-        with pytest.raises(ConfigError, match="lacks 3 runs of the study, the first of them chain/cppo"):
-            write_report(study, tmp_path / "results.parquet", tmp_path)
+    def test_what_there_is_nothing_to_compare_with_does_not_run(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = ["run", "--study", str(done / "study.yaml"), "--folder", str(done / "new"), "--against"]
+        assert main([*run, str(done / "results.parquet")]) == 2
+        said = capsys.readouterr().err
+        assert "has no result of 2 of these 4 runs, the first of them chain/grpo/lr=0.01/reuse=2/seed=2" in said
+        assert main([*run, str(done / "none.parquet")]) == 2
+        assert "none.parquet' cannot be read" in capsys.readouterr().err
+        assert not (done / "new").exists()

@@ -69,7 +69,7 @@ def test_every_config_is_tested() -> None:
         for p in CONFIGS.rglob("*.yaml")
         if p.parent.name not in ("trust_region", "paper", "data", "strategy", "chain")
     }
-    assert others == {"base.yaml", "debug.yaml", "quickstart.yaml", "quickstart_vllm.yaml"}
+    assert others == {"base.yaml", "debug.yaml", "quickstart.yaml", "quickstart_vllm.yaml", "sums.yaml"}
 
 
 def names_every_setting(given: Any) -> bool:

@@ -1,38 +1,31 @@
-"""The commands: ``python -m benchmarks.comparison {run,report}``."""
+"""The commands: ``python -m benchmarks.comparison {run,collect,report}``."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.comparison import arithmetic
 from benchmarks.comparison.grid import REPOSITORY, STUDY, Run, load_study
 from cppo_lightning.errors import ConfigError
 
+if TYPE_CHECKING:
+    from benchmarks.comparison.results import Result
+
 RESULTS = Path(__file__).with_name("results.parquet")
 
 
+FOLDER = REPOSITORY / "build" / "comparison"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.comparison", description="Does the trust region matter?")
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="the runs of the grid, or some of them, that have no result yet")
-    run.add_argument("--study", type=Path, default=STUDY, help="the YAML file that declares the grid")
-    run.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "comparison")
-    for name, kind in (("task", str), ("method", str), ("learning-rate", float), ("reuse", int), ("seed", int)):
-        run.add_argument(f"--{name}", type=kind, nargs="+", help="only the runs with these")
-    run.add_argument("--cores", type=int, nargs="+", help="one run on each; all that this process may use if left out")
-    run.add_argument("--against", type=Path, help="results that these have to be equal to")
-    run.add_argument("options", nargs="*", help="further options of fit for all runs, after --")
-    report = commands.add_parser("report", help="the tables and pictures of docs/comparison.md")
-    report.add_argument("--study", type=Path, default=STUDY)
-    report.add_argument("--results", type=Path, default=RESULTS)
-    report.add_argument("--docs", type=Path, default=REPOSITORY / "docs", help="the folder of comparison.md")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        return _run(options) if options.command == "run" else _report(options)
+        return {"run": _run, "collect": _collect, "report": _report}[options.command](options)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,44 +34,92 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.comparison", description="Does the trust region matter?")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="the runs of the grid, or some of them, that have no result yet")
+    for name, kind in (("task", str), ("method", str), ("learning-rate", float), ("reuse", int), ("seed", int)):
+        run.add_argument(f"--{name}", type=kind, nargs="+", help="only the runs with these")
+    run.add_argument("--cores", type=int, nargs="+", help="one run on each; all that this process may use if left out")
+    run.add_argument("--against", type=Path, help="results that these have to be equal to")
+    run.add_argument("options", nargs="*", help="further options of fit for all runs, after --")
+    collect = commands.add_parser("collect", help="the results that there are by now, as one table for the report")
+    for command in (run, collect):
+        command.add_argument("--folder", type=Path, default=FOLDER, help="where runs leave what they leave")
+    report = commands.add_parser("report", help="the tables and pictures of docs/comparison.md")
+    for command in (collect, report):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    report.add_argument("--docs", type=Path, default=REPOSITORY / "docs", help="the folder of comparison.md")
+    for command in (run, collect, report):
+        command.add_argument("--study", type=Path, default=STUDY, help="the YAML file that declares the grid")
+    return parser
+
+
 def _run(options: argparse.Namespace) -> int:
     os.environ.update(arithmetic.settings())
     # torch reads them when it is imported, which is from here on
     from benchmarks.comparison.sweep import Sweep
-    from benchmarks.measure import machine
 
     study = load_study(options.study)
-    wanted = {name: getattr(options, name) for name in Run._fields}
-    runs = study.chosen(**wanted)
-    cores = options.cores or sorted(os.sched_getaffinity(0))
-    sweep = Sweep(study, options.folder, cores, options.options)
+    runs = study.chosen(**{name: getattr(options, name) for name in Run._fields})
+    against: Path | None = options.against
+    known = _known(runs, against) if against else {}
+    sweep = Sweep(study, options.folder, options.cores or _cores(), options.options)
     failed = sweep.carry_out(runs)
     if failed:
         print(f"{len(failed)} of {len(runs)} runs have no result; the same command tries them again", file=sys.stderr)
         return 1
-    cost = {"machine": machine(), "cores": len(cores), "runs": len(runs), **sweep.cost(runs)}
-    sweep.results.with_suffix(".json").write_text(json.dumps(cost, indent=1) + "\n")
-    print(f"{sweep.results}: {len(runs)} runs, {cost['core_seconds'] / 3600:.2f} core hours")
-    return 0 if options.against is None else _compare(sweep.results, options.against)
+    print(f"{sweep.results}: {len(runs)} runs")
+    return _compare(sweep.results, known, against) if against else 0
 
 
-def _compare(ours: Path, theirs: Path) -> int:
-    """Say of each run whether it is equal to the other one."""
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def _known(runs: Sequence[Run], against: Path) -> dict[Run, Result]:
+    """The results that these runs will have to be equal to.
+
+    Raises:
+        ConfigError: not all of them are there, which is said before anything runs.
+    """
+    from benchmarks.comparison.results import read
+
+    known = {result.run: result for result in read(against)}
+    if missing := [run for run in runs if run not in known]:
+        raise ConfigError(
+            f"--against {str(against)!r} has no result of {len(missing)} of these {len(runs)} runs, the first of them "
+            f"{missing[0].name}: nothing to compare them with; choose runs that it has, or leave --against out"
+        )
+    return known
+
+
+def _compare(file: Path, known: dict[Run, Result], against: Path) -> int:
+    """Say of each run whether it is equal to the known one."""
     from benchmarks.comparison.results import difference, read
 
-    known = {result.run: result for result in read(theirs)}
     unlike = 0
-    for result in read(ours):
-        other = known.get(result.run)
-        words = "not there" if other is None else difference(result, other)
+    for result in read(file):
+        words = difference(result, known[result.run])
         unlike += words is not None
         print(f"{result.run.name}: {words or 'equal in every number'}")
     if unlike:
         print(
-            f"{unlike} runs are not equal to those of {theirs}. Between kinds of processors, and versions of torch and its "
+            f"{unlike} runs are not equal to those of {against}. Between kinds of processors, and versions of torch and its "
             "libraries, floats differ in their last bits and soon the samples do: compare the accuracies then"
         )
     return int(unlike > 0)
+
+
+def _collect(options: argparse.Namespace) -> int:
+    os.environ.update(arithmetic.settings())
+    from benchmarks.comparison.sweep import Sweep
+
+    study = load_study(options.study)
+    runs = study.runs()
+    there = Sweep(study, options.folder, _cores()).collect(runs, options.results)
+    print(f"{options.results}: {there} of {len(runs)} runs")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

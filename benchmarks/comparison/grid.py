@@ -53,11 +53,13 @@ class Task:
         config: of ``fit``, a path from the repository's root.
         model: what makes the initial weights, a module of this project and its arguments; ``{model}`` stands for the folder.
         core_seconds: that a run is expected to take on one core.
+        rollouts: of a run; None: as many as the config says.
     """
 
     config: str
     model: list[str]
     core_seconds: float = 100.0
+    rollouts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Block:
-    """The runs of every combination of what it lists."""
+    """The runs of every combination of what it lists, seed by seed, so that what a stop leaves is whole for the first seeds."""
 
     tasks: list[str]
     methods: list[str]
@@ -89,7 +91,8 @@ class Block:
     seeds: list[int]
 
     def runs(self) -> Iterable[Run]:
-        return map(Run._make, product(self.tasks, self.methods, self.learning_rates, self.reuses, self.seeds))
+        combined = product(self.seeds, self.tasks, self.learning_rates, self.reuses, self.methods)
+        return (Run(task, method, rate, reuse, seed) for seed, task, rate, reuse, method in combined)
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Definitions:
         final_evaluations: a run's final accuracy is the mean of so many last evaluations; 0 for a run that failed.
         collapsed_below: a run has collapsed whose final accuracy is below this share of its first evaluation.
         stable_share: a learning rate is stable for a method if at most this share of its runs collapses at it and below.
-        separation: a cell separates the methods if the means of their final accuracies lie this far apart.
-        seeds: that a cell which separates them should have at least.
+        separation: a cell separates the methods if the final accuracies of two lie this far apart, mean over their seeds.
+        seeds: that a cell which separates them should have at least; an interval over fewer is not said to exclude anything.
         reference: the method that the others are subtracted from.
     """
 
@@ -130,6 +133,9 @@ class Study:
         _check_name("definitions.reference", self.definitions.reference, self.methods)
         if not self.definitions.final_evaluations >= 1:
             raise ConfigError(f"definitions.final_evaluations must be at least 1, got {self.definitions.final_evaluations}")
+        for name, task in self.tasks.items():
+            if task.rollouts is not None and task.rollouts < 1:
+                raise ConfigError(f"tasks.{name}.rollouts must be at least 1, got {task.rollouts}")
         for i, block in enumerate(self.blocks):
             where = f"blocks[{i}]"
             for key, values in vars(block).items():

@@ -66,7 +66,9 @@ class Place:
 
 def settings(study: Study, run: Run, model: Path) -> dict[str, Any]:
     """What the task's config is overridden with.  Prompts, samples and initial weights follow from task and seed alone."""
+    rollouts = study.tasks[run.task].rollouts
     return {
+        **({"trainer": {"max_epochs": rollouts}} if rollouts else {}),
         "seed_everything": run.seed,
         "model": {
             "policy": {"path": str(model)},

@@ -1,27 +1,21 @@
-"""What results come to, by the study's definitions: accuracies, collapses, paired differences and their intervals."""
+"""What results come to, by the study's definitions: accuracies, collapses, stable learning rates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-
-import numpy as np
 
 from benchmarks.comparison.grid import Cell, Definitions, Run
 from benchmarks.comparison.results import FINISHED, Result
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.estimators import RESAMPLES, interval, resampled_means
-from cppo_lightning.figures.numbers import Numbers
-
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Accuracies of one run on held-out problems, between 0 and 1.
 
-    ``initial``: at its first evaluation, ``best``: at any, ``final``: mean of the last ones, 0 if the run failed.
+    ``initial``: at its first evaluation, ``best``: at any, ``final``: mean of the last ones, 0 if the run failed, ``failure``:
+    why it did.
     """
 
     run: Run
@@ -29,7 +23,7 @@ class Outcome:
     best: float
     final: float
     collapsed: bool
-    failed: bool
+    failure: str | None
 
 
 def outcome(result: Result, definitions: Definitions) -> Outcome:
@@ -39,13 +33,13 @@ def outcome(result: Result, definitions: Definitions) -> Outcome:
         ConfigError: a finished run has fewer evaluations than its final accuracy is the mean of.
     """
     found, last = result.evaluations, definitions.final_evaluations
-    failed = result.status != FINISHED
-    if len(found) < last + 1 and not failed:
+    failure = None if result.status == FINISHED else result.status
+    if len(found) < last + 1 and not failure:
         raise ConfigError(f"{result.run.name} has {len(found)} evaluations, and definitions.final_evaluations is {last}")
     initial = float(found[0]) if len(found) else 0.0
-    final = 0.0 if failed else float(found[-last:].mean())
-    collapsed = failed or final < definitions.collapsed_below * initial
-    return Outcome(result.run, initial, float(found.max(initial=0.0)), final, collapsed, failed)
+    final = 0.0 if failure else float(found[-last:].mean())
+    collapsed = failure is not None or final < definitions.collapsed_below * initial
+    return Outcome(result.run, initial, float(found.max(initial=0.0)), final, collapsed, failure)
 
 
 Cells = Mapping[Cell, Mapping[str, Mapping[int, Outcome]]]  # -> method -> seed
@@ -60,114 +54,56 @@ def by_cell(outcomes: Sequence[Outcome]) -> Cells:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over seeds with its bootstrap percentile interval."""
+class Stability:
+    """One method's learning rates at one task and reuse, ascending.
 
-    mean: float
-    low: float
-    high: float
-    seeds: int
+    ``collapsed``: runs that did, and runs in all, by learning rate; ``largest``: the largest stable one, None if the lowest
+    that was tried is not stable.
+    """
+
+    collapsed: Mapping[float, tuple[int, int]]
+    largest: float | None
 
     @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+    def unbounded(self) -> bool:
+        """Whether none that was tried is too large."""
+        return self.largest == max(self.collapsed)
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """Over ``values``, one of each seed."""
-    low, high = interval(resampled_means(values), LEVEL)
-    return Mean(float(np.mean(values)), low, high, len(values))
-
-
-def paired(a: Mapping[int, Outcome], b: Mapping[int, Outcome]) -> Mean:
-    """The final accuracy of ``a`` minus that of ``b``, over the seeds that both have.
-
-    Raises:
-        ConfigError: they have none in common.
-    """
-    seeds = [seed for seed in a if seed in b]
-    if not seeds:
-        methods = [next(iter(side.values())).run.method for side in (a, b)]
-        raise ConfigError(f"{' and '.join(methods)} have no seed in common; give them the same seeds")
-    return mean_of([a[seed].final - b[seed].final for seed in seeds])
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two methods of a cell: the first's final accuracy minus the second's."""
-
-    first: str
-    second: str
-    difference: Mean
-    beyond_chance: bool  # further apart than the extremes of all methods would be by chance
-
-
-def pairs(methods: Mapping[str, Mapping[int, Outcome]]) -> list[Pair]:
-    """Every pair of a cell's methods."""
-    shared = [seed for seed in next(iter(methods.values())) if all(seed in found for found in methods.values())]
-    finals = {name: [found[seed].final for seed in shared] for name, found in methods.items()}
-    chance = chance_range(np.array(list(finals.values())).T)
-    return [
-        Pair(a, b, paired(methods[a], methods[b]), bool(abs(np.mean(finals[a]) - np.mean(finals[b])) > chance))
-        for a, b in combinations(methods, 2)
-    ]
-
-
-def chance_range(finals: Numbers, resamples: int = RESAMPLES) -> float:
-    """How far apart the best and the worst of M methods' means are at most, in all but 5 % of cases, if all are equal.
-
-    Were they equal, a seed's final accuracies could stand in any order, so each row of ``finals`` ``[S, M]`` is shuffled by
-    itself: Tukey's range by randomisation.  It accounts for the number of pairs, and for few seeds, as bootstrap intervals do
-    not.  Infinite without a seed.
-    """
-    if not finals.size:
-        return float("inf")
-    generator = np.random.default_rng(0)
-    means = np.stack([generator.permuted(finals, axis=1).mean(0) for _ in range(resamples)])  # [resamples, M]
-    return float(np.quantile(np.ptp(means, axis=1), LEVEL, method="higher"))
-
-
-def final_mean(outcomes: Mapping[int, Outcome]) -> float:
-    return float(np.mean([found.final for found in outcomes.values()]))
-
-
-def separates(methods: Mapping[str, Mapping[int, Outcome]], definitions: Definitions) -> bool:
-    """Whether the methods' mean final accuracies lie at least ``separation`` apart."""
-    means = [final_mean(outcomes) for outcomes in methods.values()]
-    return max(means) - min(means) >= definitions.separation
-
-
-def stable_learning_rates(cells: Cells, definitions: Definitions) -> dict[tuple[str, int], dict[str, float | None]]:
-    """The largest stable learning rate of each method, by task and reuse; None where the lowest that was tried is not stable.
-
-    Only where a method was tried at several learning rates.
-    """
-    shares: dict[tuple[str, int], dict[str, dict[float, float]]] = {}
-    for cell, methods in cells.items():
-        for method, outcomes in methods.items():
-            share = float(np.mean([found.collapsed for found in outcomes.values()]))
-            shares.setdefault((cell.task, cell.reuse), {}).setdefault(method, {})[cell.learning_rate] = share
+def stability(cells: Cells, definitions: Definitions) -> dict[tuple[str, int], dict[str, Stability]]:
+    """By task and reuse, then method; only of methods that were tried at several learning rates there."""
+    counts: dict[tuple[str, int], dict[str, dict[float, tuple[int, int]]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.learning_rate):
+        for method, outcomes in cells[cell].items():
+            collapsed = sum(found.collapsed for found in outcomes.values())
+            counts.setdefault((cell.task, cell.reuse), {}).setdefault(method, {})[cell.learning_rate] = collapsed, len(outcomes)
     return {
-        place: {name: _largest_stable(found, definitions.stable_share) for name, found in methods.items() if len(found) > 1}
-        for place, methods in shares.items()
+        place: {
+            method: Stability(found, _largest_stable(found, definitions.stable_share))
+            for method, found in methods.items()
+            if len(found) > 1
+        }
+        for place, methods in counts.items()
     }
 
 
-def _largest_stable(shares: Mapping[float, float], most: float) -> float | None:
+def _largest_stable(collapsed: Mapping[float, tuple[int, int]], most: float) -> float | None:
     largest = None
-    for rate in sorted(shares):
-        if shares[rate] > most:
+    for rate, (some, runs) in collapsed.items():
+        if some > most * runs:
             break
         largest = rate
     return largest
 
 
 def unpaired(results: Sequence[Result]) -> list[str]:
-    """Names of the runs that did not begin with the same weights and rollout as the first of their task and seed."""
-    firsts: dict[tuple[str, int], Result] = {}
+    """Names of the runs that began with other weights than their task's first, or another rollout than their seed's."""
+    weights: dict[str, str] = {}
+    rollouts: dict[tuple[str, int], str] = {}
     wrong = []
     for result in results:
-        first = firsts.setdefault((result.run.task, result.run.seed), result)
-        if (first.initial_weights, first.first_rollout) != (result.initial_weights, result.first_rollout):
-            wrong.append(result.run.name)
+        run = result.run
+        same_weights = weights.setdefault(run.task, result.initial_weights) == result.initial_weights
+        if not same_weights or rollouts.setdefault((run.task, run.seed), result.first_rollout) != result.first_rollout:
+            wrong.append(run.name)
     return wrong

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.comparison.grid import Cell, Study
-from benchmarks.comparison.outcomes import Cells, separates
+from benchmarks.comparison.outcomes import Cells
+from benchmarks.comparison.pairs import separates
 from benchmarks.comparison.results import AT, BINS, BUDGET_AT, EVALUATION, STEPS, Result
 from cppo_lightning.figures.numbers import Numbers
 from cppo_lightning.figures.style import (
@@ -24,7 +28,6 @@ from cppo_lightning.figures.style import (
     MUTED,
     SIZES,
     TEXT,
-    label,
     legend,
     percent,
     plain,
@@ -34,8 +37,11 @@ from cppo_lightning.metrics import bin_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
-Panels = Mapping[str, Mapping[Cell, Sequence[Result]]]  # method -> cell -> one of each seed
+COLUMNS = 6
+
+Panels = Mapping[Cell, Mapping[str, Sequence[Result]]]  # cell -> method -> one of each seed
 
 
 def pictures(study: Study, results: Sequence[Result], cells: Cells, docs: Path) -> dict[Path, str]:
@@ -45,7 +51,8 @@ def pictures(study: Study, results: Sequence[Result], cells: Cells, docs: Path) 
     for task in dict.fromkeys(cell.task for cell in cells):
         own = [cell for cell in cells if cell.task == task]
         parted = [cell for cell in own if separates(cells[cell], study.definitions)] or own[:1]
-        drawn = {"accuracy": draw_accuracy(panels(results, own)), "masks": draw_masks(panels(results, parted))}
+        reference = study.definitions.reference
+        drawn = {"accuracy": draw_accuracy(panels(results, own), reference), "masks": draw_masks(panels(results, parted))}
         if (budget := draw_budget(panels(results, parted))) is not None:
             drawn["budget"] = budget
         for name, figure in drawn.items():
@@ -56,40 +63,36 @@ def pictures(study: Study, results: Sequence[Result], cells: Cells, docs: Path) 
 
 
 def panels(results: Sequence[Result], cells: Sequence[Cell]) -> Panels:
-    """The results of some cells, by method, in the order in which they are there."""
-    found: dict[str, dict[Cell, list[Result]]] = {}
-    for cell in cells:
-        for result in results:
-            if result.run.cell == cell:
-                found.setdefault(result.run.method, {}).setdefault(cell, []).append(result)
+    """The results of some cells, methods in the order in which they are there."""
+    found: dict[Cell, dict[str, list[Result]]] = {cell: {} for cell in cells}
+    for result in results:
+        if result.run.cell in found:
+            found[result.run.cell].setdefault(result.run.method, []).append(result)
     return found
 
 
-def draw_accuracy(numbers: Panels) -> Figure:
-    """Accuracy on held-out problems over rollouts: a row for each method, a column for each cell, a line for each seed."""
-    figure, grid = _grid(
-        numbers, "Accuracy on held-out problems: thin lines are seeds, the thick one is their mean", "rollouts"
-    )
-    for axes, found in grid:
+def draw_accuracy(numbers: Panels, reference: str) -> Figure:
+    """Accuracy on held-out problems over rollouts: a panel for each method of each cell, a line for each seed."""
+    figure, grid = _grid(numbers, "Accuracy on held-out problems over rollouts")
+    for axes, cell, found in grid:
         curves = [result.curves[EVALUATION] for result in found]
         for curve in curves:
-            there = np.flatnonzero(np.isfinite(curve))
-            axes.plot(there, curve[there], color=KEPT, linewidth=0.7, alpha=0.55)
-        mean = _mean(curves)
-        there = np.flatnonzero(np.isfinite(mean))
-        axes.plot(there, mean[there], color=TEXT, linewidth=1.8)
+            axes.plot(*_measured(curve), color=KEPT, linewidth=0.7, alpha=0.55, label="one seed")
+        axes.plot(*_measured(_mean(curves)), color=TEXT, linewidth=1.8, label="mean over seeds")
+        if beside := numbers[cell].get(reference):
+            mean = _mean([result.curves[EVALUATION] for result in beside])
+            axes.plot(*_measured(mean), color=BY_POSITION, linewidth=1.4, linestyle="--", label=f"{reference}'s mean")
         axes.set_ylim(0, 1)
         percent(axes)
+    legend(figure)
     return figure
 
 
 def draw_masks(numbers: Panels) -> Figure:
     """Share of tokens dropped by position in the response, by cause where the trust region tells it."""
-    figure, grid = _grid(
-        numbers, "Dropped tokens by position in the response, all rollouts and seeds", "position (% of the response)"
-    )
+    figure, grid = _grid(numbers, "Dropped tokens by position (% of the response)")
     middle = 100 * (np.arange(BINS) + 0.5) / BINS
-    for axes, found in grid:
+    for axes, _, found in grid:
         dropped, by_budget = (
             np.array([_over_run(found, f"{tag}/{name}") for name in bin_names(BINS)]) for tag in (AT, BUDGET_AT)
         )
@@ -100,7 +103,9 @@ def draw_masks(numbers: Panels) -> Figure:
         axes.bar(middle, dropped - by_budget, color=colour, label=name, **bars)
         if tells:
             axes.bar(middle, by_budget, bottom=dropped - by_budget, color=BY_BUDGET, label="prefix budget spent", **bars)
-        percent(axes)
+        if not np.nansum(dropped):
+            axes.text(0.5, 0.5, "drops none", transform=axes.transAxes, ha="center", fontsize=SIZES["tick"], color=MUTED)
+    _from_zero(figure)
     legend(figure)
     return figure
 
@@ -109,23 +114,32 @@ def draw_budget(numbers: Panels) -> Figure | None:
     """Share of the allowed prefix budget that responses spend, over rollouts; None if no method has one."""
     spent, exhausted = "budget/spent_mean", "budget/exhausted_share"
     have = {
-        method: found
-        for method, found in numbers.items()
-        if any(np.isfinite(result.curves[spent]).any() for results in found.values() for result in results)
+        cell: {
+            method: found
+            for method, found in methods.items()
+            if any(np.isfinite(result.curves[spent]).any() for result in found)
+        }
+        for cell, methods in numbers.items()
     }
+    have = {cell: methods for cell, methods in have.items() if methods}
     if not have:
         return None
-    figure, grid = _grid(have, "Prefix budget over rollouts, mean over seeds", "rollouts")
-    for axes, found in grid:
+    figure, grid = _grid(have, "Prefix budget over rollouts, mean over seeds")
+    for axes, _, found in grid:
         for tag, colour, name in (
             (spent, BY_BUDGET, "spent, share of what a response was allowed"),
             (exhausted, MUTED, "responses whose budget ran out"),
         ):
             axes.plot(_mean([result.curves[tag] for result in found]), color=colour, linewidth=1.6, label=name)
-        axes.set_ylim(0)
-        percent(axes)
+    _from_zero(figure)
     legend(figure)
     return figure
+
+
+def _measured(curve: Numbers) -> tuple[NDArray[np.intp], Numbers]:
+    """Rollouts after which there is a value, and these."""
+    there = np.flatnonzero(np.isfinite(curve))
+    return there, curve[there]
 
 
 def _mean(curves: Sequence[Numbers]) -> Numbers:
@@ -143,24 +157,44 @@ def _over_run(found: Sequence[Result], tag: str) -> float:
     return float(np.average(values[there], weights=steps[there])) if there.any() else float("nan")
 
 
-def _grid(numbers: Panels, title: str, x: str) -> tuple[Figure, list[tuple[Axes, Sequence[Result]]]]:
-    """A figure with a row for each method and a column for each cell, and its panels that have results."""
-    columns = sorted({cell for found in numbers.values() for cell in found})
-    size = (1.6 + 2.6 * len(columns), 1.4 + 1.15 * len(numbers))  # inches
-    figure = Figure(figsize=(max(size[0], 7.0), size[1]), dpi=DPI, facecolor=BACKGROUND, layout="constrained")
+def _grid(numbers: Panels, title: str) -> tuple[Figure, list[tuple[Axes, Cell, Sequence[Result]]]]:
+    """A figure with a panel for each method, the cells one below the other, each with a y-axis of its own."""
+    columns = min(COLUMNS, max(map(len, numbers.values())))
+    rows = {cell: math.ceil(len(methods) / columns) for cell, methods in numbers.items()}
+    size = (max(2.1 * columns, 7.0), 1.1 + 1.5 * sum(rows.values()) + 0.3 * len(rows))  # inches
+    figure = Figure(figsize=size, dpi=DPI, facecolor=BACKGROUND, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=SIZES["title"], color=TEXT, fontweight="bold")
-    grid = figure.subplots(len(numbers), len(columns), sharex=True, sharey=True, squeeze=False)
-    found = []
-    for (method, cells), row in zip(numbers.items(), grid, strict=True):
-        row[0].set_ylabel(method.replace("_", "\n", 1), fontsize=SIZES["tick"], color=TEXT, rotation=0, ha="right", va="center")
-        for cell, axes in zip(columns, row, strict=True):
-            plain(axes)
-            if cell in cells:
-                found.append((axes, cells[cell]))
-            else:
-                axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center", fontsize=SIZES["tick"], color=MUTED)
-    for cell, axes, last in zip(columns, grid[0], grid[-1], strict=True):
-        label(last, x=x)
-        axes.set_title(f"learning rate {cell.learning_rate:g}, reuse {cell.reuse}", fontsize=SIZES["subtitle"], color=TEXT)
+    grid = iter(figure.subplots(sum(rows.values()), columns, sharex=True, squeeze=False))
+    found: list[tuple[Axes, Cell, Sequence[Result]]] = []
+    for cell, methods in numbers.items():
+        places = [axes for row in islice(grid, rows[cell]) for axes in row]
+        for axes in places[len(methods) :]:
+            axes.remove()
+        for place, (axes, (method, results)) in enumerate(zip(places, methods.items(), strict=False)):
+            _panel(axes, places[0], place % columns == 0, place + columns >= len(methods))
+            above = "\n" if place < columns else ""  # room for the cell's name
+            name = above + method.replace("cppo_", "cppo: ").replace("_", " ")
+            axes.set_title(name, fontsize=SIZES["subtitle"], color=TEXT)
+            found.append((axes, cell, results))
+        named = f"learning rate {cell.learning_rate:g}, reuse {cell.reuse}"
+        style = {"fontsize": SIZES["label"], "color": TEXT, "fontweight": "bold"}
+        written = places[0].annotate(named, (0, 1), (0, 20), "axes fraction", "offset points", annotation_clip=False, **style)
+        written.set_in_layout(False)  # else the first column would be as wide as the name
     return figure, found
+
+
+def _from_zero(figure: Figure) -> None:
+    """Once all is drawn: a limit that is set ends the search for the other one."""
+    for axes in figure.axes:
+        axes.set_ylim(0)
+        percent(axes)
+
+
+def _panel(axes: Axes, first: Axes, leftmost: bool, lowest: bool) -> None:
+    """With the y-axis of the cell's first panel, and numbers where no panel is to the left or below."""
+    plain(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    if axes is not first:
+        axes.sharey(first)
+    axes.tick_params(labelleft=leftmost, labelbottom=lowest)

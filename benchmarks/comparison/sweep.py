@@ -13,18 +13,24 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from benchmarks.comparison.board import Board
 from benchmarks.comparison.grid import REPOSITORY, Run, Study
 from benchmarks.comparison.one_run import Place, carry_out
 from benchmarks.comparison.results import assemble, last_evaluation
+from benchmarks.measure import machine
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.untrusted import whole_file
 
 _REFRESH = 1.0  # seconds
 
@@ -44,13 +50,16 @@ class Sweep:
         self.folder = folder.absolute()
         self.cores = cores
         self.options = list(options)
+        files = {made.config for made in (*study.tasks.values(), *study.methods.values())}
+        # what they say, whatever their comments
+        self._configs: dict[str, Any] = {file: OmegaConf.to_container(OmegaConf.load(REPOSITORY / file)) for file in files}
         self._running: dict[int, tuple[ForkProcess, Run, int]] = {}  # by sentinel; the last is its core
 
     def place(self, run: Run) -> Place:
         """Where a run's files are: elsewhere for every other way to make it, so that no result is taken for another's."""
         task, method = self.study.tasks[run.task], self.study.methods[run.method]
-        configs = [(REPOSITORY / file).read_text() for file in (task.config, method.config)]
-        made_of = repr((task.model, method.overrides, configs, self.options))
+        configs = [self._configs[file] for file in (task.config, method.config)]
+        made_of = repr((task.model, task.rollouts, method.overrides, configs, self.options))
         return Place(self.folder / "runs" / run.name / hashlib.blake2b(made_of.encode(), digest_size=4).hexdigest())
 
     @property
@@ -59,7 +68,7 @@ class Sweep:
         return self.folder / "results.parquet"
 
     def carry_out(self, runs: Sequence[Run]) -> list[Run]:
-        """Get a result of each run, and ``results`` in the order of ``runs`` once all are there.
+        """Get a result of each run, in the order given, and ``results`` once all are there.
 
         Returns:
             Runs that ended without a result, for which their logs have to be read.
@@ -68,8 +77,6 @@ class Sweep:
             ConfigError: another sweep uses the folder, or a model cannot be made.
         """
         with _alone(self.folder), Board(self.study, len(runs), len(self.cores)) as board:
-            for task in dict.fromkeys(run.task for run in runs):
-                self._make_model(task, board)
             left = [run for run in runs if not self.place(run).result.exists()]
             try:
                 failed = self._carry_out(left, board)
@@ -79,15 +86,32 @@ class Sweep:
                 for process, *_ in self._running.values():
                     process.join()
         if not failed:
-            assemble(runs, [self.place(run).result for run in runs], self.results)
+            self.collect(runs, self.results)
         return failed
 
+    def collect(self, runs: Sequence[Run], to: Path) -> int:
+        """Write the results of those runs that have one, in the order given, and beside them, as .json, what they took.
+
+        Returns:
+            How many they are.
+
+        Raises:
+            ConfigError: none has a result.
+        """
+        there = [run for run in runs if self.place(run).result.exists()]
+        if not there:
+            raise ConfigError(f"--folder {str(self.folder)!r} has no result of these runs; make some with `run`")
+        assemble(there, [self.place(run).result for run in there], to)
+        cost = {"machine": machine(), "cores": len(self.cores), "runs": len(there), **self._cost(there)}
+        with whole_file(to.with_suffix(".json")) as file:
+            file.write((json.dumps(cost, indent=1) + "\n").encode())
+        return len(there)
+
     def _carry_out(self, runs: Sequence[Run], board: Board) -> list[Run]:
-        # the longest first, so that none is left for one core at the end
-        pending = deque(sorted(runs, key=lambda run: -self.study.tasks[run.task].core_seconds))
-        free, failed = deque(self.cores), list[Run]()
+        pending, free, failed = deque(runs), deque(self.cores), list[Run]()
         while pending or self._running:
             while pending and free:
+                self._make_model(pending[0].task, board)
                 self._start(pending.popleft(), free.popleft())
             board.show([*pending, *(run for _, run, _ in self._running.values())])
             for sentinel in wait(list(self._running), _REFRESH):
@@ -111,8 +135,8 @@ class Sweep:
         if not place.result.exists():
             board.tell(f"{run.name} ended with {exitcode} and without a result: see {place.log}")
             return False
-        times = json.loads(place.times.read_text()) if place.times.exists() else {}
-        board.ended(run, times.get("seconds"), last_evaluation(place.result))
+        times = _noted([place.times])
+        board.ended(run, times[0]["seconds"] if times else None, last_evaluation(place.result))
         return True
 
     def model(self, task: str) -> Path:
@@ -125,15 +149,26 @@ class Sweep:
             return
         words = [word.replace("{model}", str(model)) for word in self.study.tasks[task].model]
         board.tell(f"making the initial weights of {task}: python -m {' '.join(words)}")
+        started = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
         if done.returncode or not model.exists():
             raise ConfigError(f"tasks.{task}.model: {' '.join(words)!r} has made no {str(model)!r}: {done.stderr[-2000:]}")
+        self._model_times(task).write_text(json.dumps({"seconds": time.perf_counter() - started}))
 
-    def cost(self, runs: Sequence[Run]) -> dict[str, float]:
-        """Core seconds, and seconds on as many cores as there are, of all runs that noted them."""
-        times = [json.loads(file.read_text()) for file in (self.place(run).times for run in runs) if file.exists()]
+    def _model_times(self, task: str) -> Path:
+        return self.folder / "models" / f"{task}.json"
+
+    def _cost(self, runs: Sequence[Run]) -> dict[str, float]:
+        """Core seconds, and seconds on as many cores as there are, of the runs and of their tasks' initial weights."""
+        times = _noted([self.place(run).times for run in runs])
+        alone = sum(time["seconds"] for time in _noted([self._model_times(task) for task in {run.task for run in runs}]))
         core_seconds, seconds = (sum(time[key] for time in times) for key in ("core_seconds", "seconds"))
-        return {"core_seconds": core_seconds, "seconds": seconds / len(self.cores)}
+        return {"core_seconds": core_seconds + alone, "seconds": seconds / len(self.cores) + alone}
+
+
+def _noted(files: Sequence[Path]) -> list[dict[str, float]]:
+    """Of those that are there: what was killed right behind its result has noted no times."""
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 @contextmanager
