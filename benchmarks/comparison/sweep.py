@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks.comparison.results import assemble, last_evaluation
 from benchmarks.measure import machine
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.untrusted import whole_file
+from cppo_lightning.verifiers.worker import die_with_parent
 
 _REFRESH = 1.0  # seconds
 
@@ -150,7 +152,14 @@ class Sweep:
         words = [word.replace("{model}", str(model)) for word in self.study.tasks[task].model]
         board.tell(f"making the initial weights of {task}: python -m {' '.join(words)}")
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
         if done.returncode or not model.exists():
             raise ConfigError(f"tasks.{task}.model: {' '.join(words)!r} has made no {str(model)!r}: {done.stderr[-2000:]}")
         self._model_times(task).write_text(json.dumps({"seconds": time.perf_counter() - started}))
