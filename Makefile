@@ -54,7 +54,7 @@ debug: $(DONE)/install $(TINY)
 # from the beginning, so that it says something of this machine
 comparison: $(DONE)/install
 	rm -rf build/comparison-cell
-	$(BIN)/python -m benchmarks.comparison run --folder build/comparison-cell --task chain_16 --learning-rate 8e-4 --reuse 2 \
+	$(BIN)/python -m benchmarks.comparison run --folder build/comparison-cell --task chain_16 --learning-rate 3e-4 --reuse 8 \
 	  --method none grpo cppo --seed 1 2 --against benchmarks/comparison/results.parquet
 
 test: $(DONE)/dev $(if $(HAS_VLLM),$(DONE)/vllm) $(SMOLLM2)
