@@ -56,8 +56,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    os.environ.update(arithmetic.settings())
-    # torch reads them when it is imported, which is from here on
     from benchmarks.comparison.sweep import Sweep
 
     study = load_study(options.study)
@@ -112,7 +110,6 @@ def _compare(file: Path, known: dict[Run, Result], against: Path) -> int:
 
 
 def _collect(options: argparse.Namespace) -> int:
-    os.environ.update(arithmetic.settings())
     from benchmarks.comparison.sweep import Sweep
 
     study = load_study(options.study)
@@ -131,4 +128,6 @@ def _report(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    # libraries read them when they are loaded, which is from here on; not in main(), whose caller has a process of its own
+    os.environ.update(arithmetic.settings())
     sys.exit(main())
