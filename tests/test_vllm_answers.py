@@ -166,10 +166,13 @@ class TestTheRightWeights:
 
 @pytest.fixture(scope="module")
 def engine(tiny_model_path: Path) -> Iterator[VLLMServerEngine]:
-    """With two API processes for one engine core: whichever a request reaches, its answer is the same."""
+    """With two API processes for one engine core: whichever a request reaches, its answer is the same.
+
+    Few samples at a time, so that a request for many lasts, however far the API lags behind the core.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        engine = VLLMServerEngine(max_model_len=512, max_top_logprobs=20, engine_args={"api_server_count": 2})
+        engine = VLLMServerEngine(max_model_len=512, max_top_logprobs=20, engine_args={"api_server_count": 2, "max_num_seqs": 8})
         engine.start(str(tiny_model_path))
     yield engine
     engine.close()
