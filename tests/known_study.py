@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
 }
 DECLARED = [Run("chain", method, 1e-2, 2, seed) for seed in (1, 2) for method in ("grpo", "cppo")]
 
-COST = {"machine": "a machine", "cores": 2, "core_seconds": 7200.0, "seconds": 3600.0}
+COST = {"machine": "a machine", "cores": 2, "core_seconds": 7200.0}
 
 
 def save(study: Mapping[str, Any], folder: Path) -> Path:

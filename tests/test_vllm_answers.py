@@ -172,7 +172,9 @@ def engine(tiny_model_path: Path) -> Iterator[VLLMServerEngine]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        engine = VLLMServerEngine(max_model_len=512, max_top_logprobs=20, engine_args={"api_server_count": 2, "max_num_seqs": 8})
+        engine = VLLMServerEngine(
+            max_model_len=512, max_top_logprobs=20, engine_args={"api_server_count": 2, "max_num_seqs": 8}
+        )
         engine.start(str(tiny_model_path))
     yield engine
     engine.close()

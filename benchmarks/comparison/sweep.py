@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,7 +150,7 @@ class Sweep:
             return
         words = [word.replace("{model}", str(model)) for word in self.study.tasks[task].model]
         board.tell(f"making the initial weights of {task}: python -m {' '.join(words)}")
-        started = time.perf_counter()
+        before = _core_seconds_of_children()
         done = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=REPOSITORY,
@@ -162,17 +161,20 @@ class Sweep:
         )
         if done.returncode or not model.exists():
             raise ConfigError(f"tasks.{task}.model: {' '.join(words)!r} has made no {str(model)!r}: {done.stderr[-2000:]}")
-        self._model_times(task).write_text(json.dumps({"seconds": time.perf_counter() - started}))
+        self._model_times(task).write_text(json.dumps({"core_seconds": _core_seconds_of_children() - before}))
 
     def _model_times(self, task: str) -> Path:
         return self.folder / "models" / f"{task}.json"
 
     def _cost(self, runs: Sequence[Run]) -> dict[str, float]:
-        """Core seconds, and seconds on as many cores as there are, of the runs and of their tasks' initial weights."""
+        """Core seconds of the runs and of their tasks' initial weights; what else the cores did meanwhile is not in it."""
+        models = _noted([self._model_times(task) for task in {run.task for run in runs}])
         times = _noted([self.place(run).times for run in runs])
-        alone = sum(time["seconds"] for time in _noted([self._model_times(task) for task in {run.task for run in runs}]))
-        core_seconds, seconds = (sum(time[key] for time in times) for key in ("core_seconds", "seconds"))
-        return {"core_seconds": core_seconds + alone, "seconds": seconds / len(self.cores) + alone}
+        return {"core_seconds": sum(time["core_seconds"] for time in (*models, *times))}
+
+
+def _core_seconds_of_children() -> float:
+    return sum(os.times()[2:4])
 
 
 def _noted(files: Sequence[Path]) -> list[dict[str, float]]:

@@ -36,10 +36,8 @@ def _cost(study: Study, cells: Cells, cost: Mapping[str, Any]) -> str:
         ran = sum(len(outcomes) for outcomes in there.values())
         whole = sum(len(there.get(method, ())) == len(seeds) for method, seeds in methods.items())
         rows.append([str(cell), f"{ran} of {sum(map(len, methods.values()))}", f"{whole} of {len(methods)}"])
-    took = (
-        f"{share}: {cost['core_seconds'] / 3600:.1f} core hours, {cost['seconds'] / 3600:.1f} hours on {cost['cores']} cores, "
-        f"of {cost['machine']}."
-    )
+    hours = cost["core_seconds"] / 3600
+    took = f"{share}: {hours:.1f} core hours, {hours / cost['cores']:.1f} hours on {cost['cores']} cores, of {cost['machine']}."
     return f"{took}\n\n{markdown(['cell', 'runs', 'methods with all their seeds'], rows)}"
 
 
