@@ -16,9 +16,7 @@ _SCHEMA = "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Sc
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ b.T + bias`` of ``[..., n]`` and ``[m, n]``, through oneDNN where it can; it has no gradient there."""
-    if not _fits(a, b, bias):
-        return functional.linear(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return _product(a, b, bias) if _fits(a, b, bias) else functional.linear(a, b, bias)
 
 
 class OneDNNLinear(nn.Linear):
@@ -27,7 +25,9 @@ class OneDNNLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _fits(input, self.weight, self.bias):
             return super().forward(input)
-        return _Linear.apply(input, self.weight, self.bias)  # type: ignore[return-value]
+        # autograd's bookkeeping takes as long as a product of few rows, of which sampling makes thousands
+        multiply = _Linear.apply if torch.is_grad_enabled() else _product
+        return multiply(input, self.weight, self.bias)  # type: ignore[return-value]
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
-        return product(input, weight, bias)
+        return _product(input, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -54,6 +54,10 @@ class _Linear(torch.autograd.Function):
             product(rows.t(), features.t()) if want_weight else None,
             rows.sum(0) if want_bias else None,
         )
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(a, b, bias, "none", [], "")
 
 
 def _fits(*factors: Tensor | None) -> bool:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from benchmarks.comparison.results import Result
 
 RESULTS = Path(__file__).with_name("results.parquet")
-
-
 FOLDER = REPOSITORY / "build" / "comparison"
 
 
