@@ -22,11 +22,17 @@ CPU = torch.device("cpu")
 
 
 def machine(device: torch.device = CPU) -> str:
-    """Processor or GPU, cores, torch's threads and version, and the load of the last minute, in one line."""
-    return f"{_hardware(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
+    """:func:`setup`, and the load of the last minute."""
+    return f"{setup(device)}, load {os.getloadavg()[0]:.1f}"
 
 
-def _hardware(device: torch.device) -> str:
+def setup(device: torch.device = CPU) -> str:
+    """Processor or GPU, cores, and torch's threads and version, in one line."""
+    threads = torch.get_num_threads()
+    return f"{_processor(device)}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+
+
+def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.comparison.cost import Cost
 from benchmarks.comparison.grid import Definitions, Run
 from benchmarks.comparison.outcomes import Outcome, outcome
-from benchmarks.comparison.results import EVALUATION, FINISHED, TAGS, Result, assemble, write_run
+from benchmarks.comparison.results import EVALUATION, FINISHED, TAGS, Part, Result, assemble, write_run
 
 DEFINITIONS = Definitions(2, collapsed_below=0.5, stable_share=0.2, separation=0.1, seeds=5, reference="cppo")
 SMALL: dict[str, Any] = {
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {
 }
 DECLARED = [Run("chain", method, 1e-2, 2, seed) for seed in (1, 2) for method in ("grpo", "cppo")]
 
-COST = {"machine": "a machine", "cores": 2, "core_seconds": 7200.0}
+COST = Cost("a machine", cores=2, models={"chain": 200.0}, runs={run.name: 1750.0 for run in DECLARED})
 
 
 def save(study: Mapping[str, Any], folder: Path) -> Path:
@@ -45,12 +45,12 @@ def outcomes(finals: Mapping[str, Sequence[float]], rate: float = 1e-4) -> list[
     return [outcome(result_of(run, [0.6, final, final]), DEFINITIONS) for run, final in runs]
 
 
-def table_of(runs: Sequence[Run], folder: Path) -> Path:
+def table_of(runs: Sequence[Run], folder: Path, made_of: str = "all") -> Path:
     """A results.parquet that has these runs, each from 0.6 to 0.8, and what they took."""
     files = [folder / run.name / "result.parquet" for run in runs]
     for run, file in zip(runs, files, strict=True):
         told = {"status": FINISHED, "initial_weights": "w", "first_rollout": f"seed {run.seed}"}
         write_run(file, told, {0: {EVALUATION: 0.6}, 1: {EVALUATION: 0.8}})
-    assemble(runs, files, folder / "results.parquet")
-    (folder / "results.json").write_text(json.dumps(COST))
+    assemble([Part.load(run, made_of, file) for run, file in zip(runs, files, strict=True)], folder / "results.parquet")
+    COST.save(folder / "results.parquet")
     return folder / "results.parquet"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from benchmarks.comparison.__main__ import main
+from benchmarks.comparison.cost import Cost, Times, cost_of
 from benchmarks.comparison.grid import REPOSITORY, Run, load_study
 from benchmarks.comparison.one_run import settings
 from benchmarks.comparison.outcomes import Outcome, outcome, unpaired
 from benchmarks.comparison.recorder import RunRecorder
 from benchmarks.comparison.report import write_report
-from benchmarks.comparison.results import EVALUATION, FINISHED, Result, assemble, difference, read
+from benchmarks.comparison.results import EVALUATION, FINISHED, Part, Result, assemble, difference, read
 from benchmarks.comparison.sweep import Sweep
 from cppo_lightning.errors import ConfigError, RolloutError
 from tests.known_study import DECLARED, DEFINITIONS, SMALL, save, table_of
@@ -121,7 +123,7 @@ def test_a_run_that_fails_is_a_result(tmp_path: Path) -> None:
     recorder.on_exception(Trainer(), None, KeyboardInterrupt())  # type: ignore[arg-type]
     assert not file.exists()
     recorder.on_exception(Trainer(), None, RolloutError(f"not finite; {tmp_path}/nonfinite has it"))  # type: ignore[arg-type]
-    assemble([run], [file], tmp_path / "results.parquet")
+    assemble([Part.load(run, "all", file)], tmp_path / "results.parquet")
     (result,) = read(tmp_path / "results.parquet")
     assert result.status == "not finite; ./nonfinite has it"
     assert outcome(result, DEFINITIONS) == Outcome(run, initial=0.5, best=0.5, final=0.0, collapsed=True, failure=result.status)
@@ -160,6 +162,17 @@ class TestGrid:
         with pytest.raises(ConfigError) as error:
             load_study(save(study, tmp_path))
         assert message in str(error.value)
+
+    def test_a_trust_region_of_ones_own(self, tmp_path: Path) -> None:
+        """A path to a YAML file of it stands where the name of a shipped one does."""
+        own = tmp_path / "own.yaml"
+        own.write_text((REPOSITORY / "configs" / "trust_region" / "dppo.yaml").read_text())
+        methods = {**SMALL["methods"], "own": {"preset": str(own)}, "dppo": {"preset": "dppo"}}
+        study = load_study(save({**SMALL, "methods": methods}, tmp_path))
+        mine, shipped = (settings(study, Run("chain", method, 1e-3, 2, 7), tmp_path) for method in ("own", "dppo"))
+        assert mine == shipped
+        with pytest.raises(ConfigError, match=r"methods\.own\.preset: '.*none\.yaml' is not one of"):
+            load_study(save({**SMALL, "methods": {**methods, "own": {"preset": str(tmp_path / "none.yaml")}}}, tmp_path))
 
     def test_runs_are_the_blocks_products_each_once_and_seed_by_seed(self, tmp_path: Path) -> None:
         blocks = [SMALL["blocks"][0], {**SMALL["blocks"][0], "methods": ["cppo"], "seeds": [2, 3]}]
@@ -204,7 +217,7 @@ class TestCommands:
             place = sweep.place(run)
             place.folder.mkdir(parents=True)
             (tmp_path / run.name / "result.parquet").rename(place.result)
-            place.times.write_text(json.dumps({"seconds": 50.0, "core_seconds": 60.0}))
+            Times(50.0, 60.0, "a machine").save(place.times)
         return tmp_path
 
     def collect(self, done: Path, folder: str = "folder") -> int:
@@ -214,11 +227,30 @@ class TestCommands:
     def test_what_is_there_by_now_is_collected(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.collect(done) == 0
         assert "2 of 4 runs" in capsys.readouterr().out
-        assert (done / "collected.parquet").read_bytes() == (done / "results.parquet").read_bytes()
-        cost = json.loads((done / "collected.json").read_text())
-        assert (cost["runs"], cost["core_seconds"]) == (2, 120)
+        assert [result.run for result in read(done / "collected.parquet")] == DECLARED[:2]
+        each = {run.name: 60.0 for run in DECLARED[:2]}
+        assert cost_of(done / "collected.parquet") == Cost("a machine", len(os.sched_getaffinity(0)), {}, each)
         assert self.collect(done, "elsewhere") == 2
         assert "has no result of these runs" in capsys.readouterr().err
+
+    def test_known_results_are_taken_over(self, done: Path) -> None:
+        """In another folder they make the same table; what is made of something else is left."""
+        self.collect(done)
+        before = [(done / f"collected.{ending}").read_bytes() for ending in ("parquet", "json")]
+        study = load_study(done / "study.yaml")
+        again = Sweep(study, done / "again", [0])
+        assert again.take_over(done / "collected.parquet") == 2
+        assert again.take_over(done / "collected.parquet") == 0  # it has them
+        assert self.collect(done, "again") == 0
+        assert [(done / f"collected.{ending}").read_bytes() for ending in ("parquet", "json")] == before
+        assert Sweep(study, done / "other", [0], ["--trainer.max_epochs=3"]).take_over(done / "collected.parquet") == 0
+
+    def test_known_runs_are_not_run_again(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.collect(done)
+        run = ["run", "--study", str(done / "study.yaml"), "--folder", str(done / "again"), "--seed", "1"]
+        assert main([*run, "--known", str(done / "collected.parquet")]) == 0  # or it would fail to make the initial weights
+        assert "collected.parquet: 2 results taken over" in capsys.readouterr().out
+        assert (done / "again" / "results.parquet").read_bytes() == (done / "collected.parquet").read_bytes()
 
     def test_a_comment_in_a_config_makes_no_result_void(self, tmp_path: Path) -> None:
         config = tmp_path / "chain.yaml"

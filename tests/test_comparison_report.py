@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from benchmarks.comparison.__main__ import RESULTS
+from benchmarks.comparison.cost import cost_of
 from benchmarks.comparison.grid import REPOSITORY, Cell, Run, load_study
 from benchmarks.comparison.outcomes import by_cell, outcome, stability, unpaired
 from benchmarks.comparison.pairs import LEVEL, beyond_chance, expanded, mean_of, paired, pairs, separates
-from benchmarks.comparison.report import cost_of, of_results, replaced, write_report
+from benchmarks.comparison.report import of_results, replaced, write_report
 from benchmarks.comparison.results import Result, read
 from benchmarks.comparison.tables import tables
 from cppo_lightning.errors import ConfigError

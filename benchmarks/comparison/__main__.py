@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in (("task", str), ("method", str), ("learning-rate", float), ("reuse", int), ("seed", int)):
         run.add_argument(f"--{name}", type=kind, nargs="+", help="only the runs with these")
     run.add_argument("--cores", type=int, nargs="+", help="one run on each; all that this process may use if left out")
-    run.add_argument("--against", type=Path, help="results that these have to be equal to")
+    others = run.add_mutually_exclusive_group()
+    others.add_argument("--against", type=Path, help="results that these have to be equal to")
+    others.add_argument("--known", type=Path, help="results of an earlier sweep, whose runs are not run again")
     run.add_argument("options", nargs="*", help="further options of fit for all runs, after --")
     collect = commands.add_parser("collect", help="the results that there are by now, as one table for the report")
     for command in (run, collect):
@@ -61,6 +63,9 @@ def _run(options: argparse.Namespace) -> int:
     against: Path | None = options.against
     known = _known(runs, against) if against else {}
     sweep = Sweep(study, options.folder, options.cores or _cores(), options.options)
+    if options.known:
+        taken = sweep.take_over(options.known)
+        print(f"{options.known}: {taken} results taken over")
     failed = sweep.carry_out(runs)
     if failed:
         print(f"{len(failed)} of {len(runs)} runs have no result; the same command tries them again", file=sys.stderr)

@@ -13,6 +13,7 @@ from cppo_lightning.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 STUDY = Path(__file__).with_name("study.yaml")
+_PRESETS = "configs/trust_region"
 
 
 class Cell(NamedTuple):
@@ -67,7 +68,7 @@ class Method:
     """A trust region.
 
     Args:
-        preset: a file of ``configs/trust_region``, without its ending.
+        preset: a file of ``configs/trust_region``, without its ending; or any YAML file with ``model.trust_region``.
         overrides: ``init_args`` in place of the preset's.
     """
 
@@ -77,7 +78,7 @@ class Method:
     @property
     def config(self) -> str:
         """The preset's path from the repository's root."""
-        return f"configs/trust_region/{self.preset}.yaml"
+        return self.preset if self.preset.endswith((".yaml", ".yml")) else f"{_PRESETS}/{self.preset}.yaml"
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def region_settings(method: Method, where: str) -> dict[str, Any]:
 
     file = REPOSITORY / method.config
     if not file.is_file():
-        _check_name(f"{where}.preset", method.preset, {path.stem: None for path in sorted(file.parent.glob("*.yaml"))})
+        shipped = sorted((REPOSITORY / _PRESETS).glob("*.yaml"))
+        _check_name(f"{where}.preset", method.preset, {path.stem: None for path in shipped})
     preset = OmegaConf.select(OmegaConf.load(file), "model.trust_region")
     merged = OmegaConf.to_container(OmegaConf.merge(preset, {"init_args": method.overrides}))
     assert isinstance(merged, dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import resource
 import shutil
@@ -15,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks.comparison.cost import Times
 from benchmarks.comparison.grid import REPOSITORY, Run, Study, region_settings
+from benchmarks.measure import setup
 from cppo_lightning.cli import main
-from cppo_lightning.untrusted import whole_file
 from cppo_lightning.verifiers.worker import die_with_parent
 
 # what `fit` imports once it runs; here, every fork has it already
@@ -38,10 +38,15 @@ class Place:
     """Where one run keeps what.
 
     Args:
-        folder: of this run alone.
+        folder: of this run alone, for as long as it is made of the same.
     """
 
     folder: Path
+
+    @property
+    def made_of(self) -> str:
+        """A digest of all that the run is made of."""
+        return self.folder.name
 
     @property
     def result(self) -> Path:
@@ -109,12 +114,10 @@ def carry_out(study: Study, run: Run, model: Path, place: Place, core: int, swee
             ]
         )
     finally:
-        _note_times(place, time.perf_counter() - started)
+        _times(time.perf_counter() - started).save(place.times)
         shutil.rmtree(place.scratch, ignore_errors=True)
 
 
-def _note_times(place: Place, seconds: float) -> None:
+def _times(seconds: float) -> Times:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    times = {"seconds": seconds, "core_seconds": sum(usage.ru_utime + usage.ru_stime for usage in used)}
-    with whole_file(place.times) as file:
-        file.write(json.dumps(times).encode())
+    return Times(seconds, sum(usage.ru_utime + usage.ru_stime for usage in used), setup())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks.comparison.cost import Cost, cost_of
 from benchmarks.comparison.grid import Study
 from benchmarks.comparison.outcomes import by_cell, outcome, unpaired
 from benchmarks.comparison.results import Result, read
@@ -42,7 +41,7 @@ def write_report(study: Study, results_file: Path, docs: Path) -> list[Path]:
     return [page, *drawn]
 
 
-def of_results(study: Study, results: Sequence[Result], cost: Mapping[str, Any]) -> dict[str, str]:
+def of_results(study: Study, results: Sequence[Result], cost: Cost) -> dict[str, str]:
     """The page's tables by the name of their place.
 
     Raises:
@@ -54,18 +53,6 @@ def of_results(study: Study, results: Sequence[Result], cost: Mapping[str, Any])
     if wrong := unpaired(results):
         raise ConfigError(f"{wrong[0]} and {len(wrong) - 1} more began with other weights or samples than others of their seed")
     return tables(study, by_cell([outcome(result, study.definitions) for result in results]), cost)
-
-
-def cost_of(results_file: Path) -> dict[str, Any]:
-    """What the runs took, which stands beside the results.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        return json.loads(results_file.with_suffix(".json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--results needs the .json that `run` and `collect` write beside it ({error})") from error
 
 
 def replaced(page: str, name: str, part: str) -> str:

@@ -7,7 +7,7 @@ still under way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +48,14 @@ TAGS = (
 _TOLD = ("status", "initial_weights", "first_rollout")  # the last two are digests, by which runs are seen to be paired
 _OF_RUN = pa.schema([(name, pa.string()) for name in _TOLD] + [("rollout", pa.int32())] + [(tag, pa.float32()) for tag in TAGS])
 _LABELS = pa.schema(
-    {"task": pa.string(), "method": pa.string(), "learning_rate": pa.float64(), "reuse": pa.int32(), "seed": pa.int32()}
+    {
+        "task": pa.string(),
+        "method": pa.string(),
+        "learning_rate": pa.float64(),
+        "reuse": pa.int32(),
+        "seed": pa.int32(),
+        "made_of": pa.string(),  # a digest of all settings
+    }
 )
 
 
@@ -83,17 +90,41 @@ def last_evaluation(file: Path) -> float | None:
     return there[-1].as_py() if len(there) else None
 
 
-def assemble(runs: Sequence[Run], files: Sequence[Path], to: Path) -> None:
-    """All runs' rows in the order given, with what tells the runs apart."""
-    parts = []
-    for run, file in zip(runs, files, strict=True):
-        rows = pq.read_table(file, schema=_OF_RUN)
-        labels = {label.name: pa.repeat(pa.scalar(getattr(run, label.name), label.type), len(rows)) for label in _LABELS}
-        parts.append(pa.table({**labels, **{name: rows[name] for name in rows.column_names}}))
-    _write(pa.concat_tables(parts), to)
+@dataclass(frozen=True)
+class Part:
+    """One run's rows in a table of results.
+
+    Args:
+        made_of: a digest of all that the run is made of.
+        rows: as :func:`write_run` writes them.
+    """
+
+    run: Run
+    made_of: str
+    rows: pa.Table
+
+    @classmethod
+    def load(cls, run: Run, made_of: str, file: Path) -> Part:
+        """From one run's own file."""
+        return cls(run, made_of, pq.read_table(file, schema=_OF_RUN))
+
+    def save(self, file: Path) -> None:
+        """To one run's own file."""
+        _write(self.rows, file)
+
+    def labelled(self) -> pa.Table:
+        """With what tells it from other runs."""
+        labels = {**self.run._asdict(), "made_of": self.made_of}
+        columns = {label.name: pa.repeat(pa.scalar(labels[label.name], label.type), len(self.rows)) for label in _LABELS}
+        return pa.table({**columns, **{name: self.rows[name] for name in self.rows.column_names}})
 
 
-def read(file: Path) -> list[Result]:
+def assemble(parts: Sequence[Part], to: Path) -> None:
+    """All runs' rows in the order given."""
+    _write(pa.concat_tables([part.labelled() for part in parts]).combine_chunks(), to)
+
+
+def taken_apart(file: Path) -> Iterator[Part]:
     """The runs of an assembled file, in its order.
 
     Raises:
@@ -105,15 +136,25 @@ def read(file: Path) -> list[Result]:
         raise ConfigError(f"results {str(file)!r} cannot be read ({' '.join(str(error).split())})") from error
     if table.schema != pa.schema([*_LABELS, *_OF_RUN]):
         raise ConfigError(f"{str(file)!r} holds something else than results; take a results.parquet that a sweep has made")
-    columns = {name: table[name].to_numpy() for name in table.column_names}
-    labels = zip(*(table[name].to_pylist() for name in Run._fields), strict=True)
-    found, start = [], 0
-    for run, rows in groupby(map(Run._make, labels)):
-        own = slice(start, start := start + len(list(rows)))
-        told = {name: str(columns[name][own][0]) for name in _TOLD}
-        curves = {tag: columns[tag][own].astype(np.float64) for tag in TAGS}
-        found.append(Result(run, told["status"], told["initial_weights"], told["first_rollout"], curves))
-    return found
+    rows, start = table.select(_OF_RUN.names), 0
+    for (*run, made_of), own in groupby(zip(*(table[name].to_pylist() for name in _LABELS.names), strict=True)):
+        yield Part(Run._make(run), made_of, rows.slice(start, length := len(list(own))))
+        start += length
+
+
+def read(file: Path) -> list[Result]:
+    """The results of an assembled file, in its order.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    return [_result(part) for part in taken_apart(file)]
+
+
+def _result(part: Part) -> Result:
+    told = {name: part.rows[name][0].as_py() for name in _TOLD}
+    curves = {tag: part.rows[tag].to_numpy().astype(np.float64) for tag in TAGS}
+    return Result(part.run, **told, curves=curves)
 
 
 def difference(ours: Result, theirs: Result) -> str | None:

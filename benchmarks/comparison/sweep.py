@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +25,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from benchmarks.comparison.board import Board
+from benchmarks.comparison.cost import Cost, Times, cost_of, times_of
 from benchmarks.comparison.grid import REPOSITORY, Run, Study
 from benchmarks.comparison.one_run import Place, carry_out
-from benchmarks.comparison.results import assemble, last_evaluation
-from benchmarks.measure import machine
+from benchmarks.comparison.results import Part, assemble, last_evaluation, taken_apart
+from benchmarks.measure import setup
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.untrusted import whole_file
 from cppo_lightning.verifiers.worker import die_with_parent
 
 _REFRESH = 1.0  # seconds
@@ -102,11 +102,29 @@ class Sweep:
         there = [run for run in runs if self.place(run).result.exists()]
         if not there:
             raise ConfigError(f"--folder {str(self.folder)!r} has no result of these runs; make some with `run`")
-        assemble(there, [self.place(run).result for run in there], to)
-        cost = {"machine": machine(), "cores": len(self.cores), "runs": len(there), **self._cost(there)}
-        with whole_file(to.with_suffix(".json")) as file:
-            file.write((json.dumps(cost, indent=1) + "\n").encode())
+        assemble([Part.load(run, self.place(run).made_of, self.place(run).result) for run in there], to)
+        self._cost(there).save(to)
         return len(there)
+
+    def take_over(self, file: Path) -> int:
+        """Take results that an earlier sweep has put together, for runs that have none here.
+
+        Returns:
+            How many.  Those that are made of something else now, or are no runs of this study, are left.
+
+        Raises:
+            ConfigError: the file, or the .json beside it, cannot be read.
+        """
+        declared, cost, taken = set(self.study.runs()), cost_of(file), 0
+        with _alone(self.folder):
+            for part in taken_apart(file):
+                if part.run not in declared or (place := self.place(part.run)).made_of != part.made_of or place.result.exists():
+                    continue
+                if (core_seconds := cost.runs.get(part.run.name)) is not None:
+                    Times(core_seconds, core_seconds, cost.machine).save(place.times)
+                part.save(place.result)
+                taken += 1
+        return taken
 
     def _carry_out(self, runs: Sequence[Run], board: Board) -> list[Run]:
         pending, free, failed = deque(runs), deque(self.cores), list[Run]()
@@ -136,8 +154,8 @@ class Sweep:
         if not place.result.exists():
             board.tell(f"{run.name} ended with {exitcode} and without a result: see {place.log}")
             return False
-        times = _noted([place.times])
-        board.ended(run, times[0]["seconds"] if times else None, last_evaluation(place.result))
+        times = times_of(place.times)
+        board.ended(run, times.seconds if times else None, last_evaluation(place.result))
         return True
 
     def model(self, task: str) -> Path:
@@ -150,7 +168,7 @@ class Sweep:
             return
         words = [word.replace("{model}", str(model)) for word in self.study.tasks[task].model]
         board.tell(f"making the initial weights of {task}: python -m {' '.join(words)}")
-        before = _core_seconds_of_children()
+        started, before = time.perf_counter(), _core_seconds_of_children()
         done = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=REPOSITORY,
@@ -161,25 +179,26 @@ class Sweep:
         )
         if done.returncode or not model.exists():
             raise ConfigError(f"tasks.{task}.model: {' '.join(words)!r} has made no {str(model)!r}: {done.stderr[-2000:]}")
-        self._model_times(task).write_text(json.dumps({"core_seconds": _core_seconds_of_children() - before}))
+        Times(time.perf_counter() - started, _core_seconds_of_children() - before, setup()).save(self._model_times(task))
 
     def _model_times(self, task: str) -> Path:
         return self.folder / "models" / f"{task}.json"
 
-    def _cost(self, runs: Sequence[Run]) -> dict[str, float]:
-        """Core seconds of the runs and of their tasks' initial weights; what else the cores did meanwhile is not in it."""
-        models = _noted([self._model_times(task) for task in {run.task for run in runs}])
-        times = _noted([self.place(run).times for run in runs])
-        return {"core_seconds": sum(time["core_seconds"] for time in (*models, *times))}
+    def _cost(self, runs: Sequence[Run]) -> Cost:
+        """Of the runs and of their tasks' initial weights; what else the cores did meanwhile is not in it."""
+        of_runs = {run.name: times_of(self.place(run).times) for run in runs}
+        of_models = {task: times_of(self._model_times(task)) for task in dict.fromkeys(run.task for run in runs)}
+        noted = [times for times in (*of_runs.values(), *of_models.values()) if times]
+        return Cost(
+            machine=" and ".join(dict.fromkeys(times.machine for times in noted)),
+            cores=len(self.cores),
+            models={task: times.core_seconds for task, times in of_models.items() if times},
+            runs={name: times.core_seconds for name, times in of_runs.items() if times},
+        )
 
 
 def _core_seconds_of_children() -> float:
     return sum(os.times()[2:4])
-
-
-def _noted(files: Sequence[Path]) -> list[dict[str, float]]:
-    """Of those that are there: what was killed right behind its result has noted no times."""
-    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 @contextmanager

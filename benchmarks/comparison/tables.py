@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from benchmarks.comparison.cost import Cost
 from benchmarks.comparison.grid import Cell, Study
 from benchmarks.comparison.outcomes import Cells, Stability, stability
 from benchmarks.comparison.pairs import LEVEL, BySeed, Mean, Pair, mean_of, paired, pairs, separates
 
 
-def tables(study: Study, cells: Cells, cost: Mapping[str, Any]) -> dict[str, str]:
+def tables(study: Study, cells: Cells, cost: Cost) -> dict[str, str]:
     """By the name of their place on the page."""
     parted = {cell: separates(methods, study.definitions) for cell, methods in cells.items()}
     pages = [_pairs(study, cell, cells[cell]) for cell in cells if parted[cell]]
@@ -24,7 +24,7 @@ def tables(study: Study, cells: Cells, cost: Mapping[str, Any]) -> dict[str, str
     }
 
 
-def _cost(study: Study, cells: Cells, cost: Mapping[str, Any]) -> str:
+def _cost(study: Study, cells: Cells, cost: Cost) -> str:
     """How much of the grid is there, and what that took."""
     declared = _declared(study)
     runs = sum(len(outcomes) for methods in cells.values() for outcomes in methods.values())
@@ -36,8 +36,8 @@ def _cost(study: Study, cells: Cells, cost: Mapping[str, Any]) -> str:
         ran = sum(len(outcomes) for outcomes in there.values())
         whole = sum(len(there.get(method, ())) == len(seeds) for method, seeds in methods.items())
         rows.append([str(cell), f"{ran} of {sum(map(len, methods.values()))}", f"{whole} of {len(methods)}"])
-    hours = cost["core_seconds"] / 3600
-    took = f"{share}: {hours:.1f} core hours, {hours / cost['cores']:.1f} hours on {cost['cores']} cores, of {cost['machine']}."
+    hours = cost.core_seconds / 3600
+    took = f"{share}: {hours:.1f} core hours, {hours / cost.cores:.1f} hours on {cost.cores} cores, of {cost.machine}."
     return f"{took}\n\n{markdown(['cell', 'runs', 'methods with all their seeds'], rows)}"
 
 
