@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from benchmarks.comparison.__main__ import main
 from benchmarks.comparison.cost import Cost, Times, cost_of
-from benchmarks.comparison.grid import REPOSITORY, Run, load_study
+from benchmarks.comparison.grid import REPOSITORY, STUDY, Run, load_study
 from benchmarks.comparison.one_run import settings
 from benchmarks.comparison.outcomes import Outcome, outcome, unpaired
 from benchmarks.comparison.recorder import RunRecorder
@@ -24,6 +26,7 @@ from benchmarks.comparison.report import write_report
 from benchmarks.comparison.results import EVALUATION, FINISHED, Part, Result, assemble, difference, read
 from benchmarks.comparison.sweep import Sweep
 from cppo_lightning.errors import ConfigError, RolloutError
+from tests.documents import blocks_of, files_of
 from tests.known_study import DECLARED, DEFINITIONS, SMALL, save, table_of
 from tests.sweep_rig import results as results_in
 
@@ -96,6 +99,7 @@ class TestSweep:
         assert "All 4 declared runs are in" in page
         assert [file.name for file in written] == [
             "comparison.md",
+            "comparison.png",
             *(f"comparison-chain-{n}.png" for n in ("accuracy", "masks", "budget")),
         ]
         assert all(file.read_bytes()[:4] == b"\x89PNG" for file in written[1:])
@@ -173,6 +177,28 @@ class TestGrid:
         assert mine == shipped
         with pytest.raises(ConfigError, match=r"methods\.own\.preset: '.*none\.yaml' is not one of"):
             load_study(save({**SMALL, "methods": {**methods, "own": {"preset": str(tmp_path / "none.yaml")}}}, tmp_path))
+
+    def test_the_one_that_the_docs_add(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """To the committed study: five runs, in a cell that has others, and nothing else."""
+        files = files_of(blocks_of((REPOSITORY / "README.md").read_text()))
+        for name in ("drift_cap.py", "drift_cap.yaml"):
+            (tmp_path / name).write_text(files[name])
+        monkeypatch.syspath_prepend(tmp_path)
+        page = (REPOSITORY / "docs" / "howto" / "own_trust_region.md").read_text()
+        (added,) = [
+            yaml.safe_load(text) for text in re.findall(r"```text\n(.*?)```", page, re.DOTALL) if text.startswith("methods:")
+        ]
+        added["methods"]["drift_cap"]["preset"] = str(tmp_path / added["methods"]["drift_cap"]["preset"])
+        committed = yaml.safe_load(STUDY.read_text())
+        study = {
+            **committed,
+            "methods": committed["methods"] | added["methods"],
+            "blocks": [*committed["blocks"], *added["blocks"]],
+        }
+        before, after = load_study().runs(), load_study(save(study, tmp_path)).runs()
+        assert after[: len(before)] == before
+        assert [(run.method, run.seed) for run in after[len(before) :]] == [("drift_cap", seed) for seed in range(1, 6)]
+        assert {run.cell for run in after[len(before) :]} <= {run.cell for run in before}
 
     def test_runs_are_the_blocks_products_each_once_and_seed_by_seed(self, tmp_path: Path) -> None:
         blocks = [SMALL["blocks"][0], {**SMALL["blocks"][0], "methods": ["cppo"], "seeds": [2, 3]}]

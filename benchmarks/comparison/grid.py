@@ -153,6 +153,13 @@ class Study:
         """Every run once, in the order of the blocks."""
         return list(dict.fromkeys(run for block in self.blocks for run in block.runs()))
 
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell once: by task, in the order in which they are declared, by reuse and by learning rate."""
+        tasks = list(self.tasks)
+        cells = {run.cell for run in self.runs()}
+        return sorted(cells, key=lambda cell: (tasks.index(cell.task), cell.reuse, cell.learning_rate))
+
     def chosen(self, **wanted: Collection[Any] | None) -> list[Run]:
         """The runs whose ``task``, ``method``, ``learning_rate``, ``reuse`` and ``seed`` are among the wanted ones (None: any).
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.comparison.cost import Cost, cost_of
 from benchmarks.comparison.grid import Study
-from benchmarks.comparison.outcomes import by_cell, outcome, unpaired
+from benchmarks.comparison.outcomes import Cells, by_cell, outcome, unpaired
 from benchmarks.comparison.results import Result, read
 from benchmarks.comparison.tables import tables
 from cppo_lightning.errors import ConfigError
@@ -25,11 +25,16 @@ def write_report(study: Study, results_file: Path, docs: Path) -> list[Path]:
         ConfigError: results that cannot be read, that are of a run which the study does not declare, or whose runs are not
             paired; or a page without markers.
     """
+    from benchmarks.comparison.overview import draw_overview
     from benchmarks.comparison.pictures import pictures
+    from cppo_lightning.figures.style import to_png
 
     results = read(results_file)
-    cells = by_cell([outcome(result, study.definitions) for result in results])
     parts = of_results(study, results, cost_of(results_file))
+    cells = _cells(study, results)
+    overview = docs / "comparison.png"
+    to_png(draw_overview(study, cells), overview)
+    parts["overview"] = f"![Final accuracy of every run, by cell and method]({overview.name})"
     drawn = pictures(study, results, cells, docs)
     parts["pictures"] = "\n\n".join(f"![{words}]({file.name})" for file, words in drawn.items())
     page = docs / PAGE
@@ -38,7 +43,7 @@ def write_report(study: Study, results_file: Path, docs: Path) -> list[Path]:
         text = replaced(text, name, part)
     with whole_file(page) as file:
         file.write(text.encode())
-    return [page, *drawn]
+    return [page, overview, *drawn]
 
 
 def of_results(study: Study, results: Sequence[Result], cost: Cost) -> dict[str, str]:
@@ -52,7 +57,12 @@ def of_results(study: Study, results: Sequence[Result], cost: Cost) -> dict[str,
         raise ConfigError(f"--results has {len(strange)} runs that --study does not declare, the first of them {strange[0]}")
     if wrong := unpaired(results):
         raise ConfigError(f"{wrong[0]} and {len(wrong) - 1} more began with other weights or samples than others of their seed")
-    return tables(study, by_cell([outcome(result, study.definitions) for result in results]), cost)
+    return tables(study, _cells(study, results), cost)
+
+
+def _cells(study: Study, results: Sequence[Result]) -> Cells:
+    found = by_cell([outcome(result, study.definitions) for result in results])
+    return {cell: found[cell] for cell in study.cells if cell in found}
 
 
 def replaced(page: str, name: str, part: str) -> str:

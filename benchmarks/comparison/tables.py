@@ -43,9 +43,9 @@ def _cost(study: Study, cells: Cells, cost: Cost) -> str:
 
 def _declared(study: Study) -> dict[Cell, dict[str, list[int]]]:
     """Seeds by cell and method."""
-    found: dict[Cell, dict[str, list[int]]] = {}
+    found: dict[Cell, dict[str, list[int]]] = {cell: {} for cell in study.cells}
     for run in study.runs():
-        found.setdefault(run.cell, {}).setdefault(run.method, []).append(run.seed)
+        found[run.cell].setdefault(run.method, []).append(run.seed)
     return found
 
 
