@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from cppo_lightning.replacing import left_standing
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -39,6 +42,12 @@ class RunCheckpoint(ModelCheckpoint):
             self._due = False
             self._save(trainer)
         super().on_train_epoch_end(trainer, pl_module)
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """What ``last`` is the latest of: also what lost its name to a checkpoint that a kill kept from taking it."""
+        folder = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+        left = left_standing(folder, f"{self.CHECKPOINT_NAME_LAST}*{self.FILE_EXTENSION}")
+        return super()._find_last_checkpoints(trainer) | left
 
     def _save(self, trainer: Trainer) -> None:
         if self._should_skip_saving_checkpoint(trainer):

@@ -15,15 +15,16 @@ from cppo_lightning.errors import ConfigError
 from cppo_lightning.model_card import last_metrics, model_card
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import DType, PolicyConfig
-from cppo_lightning.strategies.sharded_checkpoint import put
-from cppo_lightning.untrusted import META, check_checkpoint, check_no_code, refusing
+from cppo_lightning.replacing import put, standing
+from cppo_lightning.replay.regions import made_from
+from cppo_lightning.strategies.sharded_checkpoint import WEIGHTS
+from cppo_lightning.untrusted import META, UNFINISHED, check_checkpoint, check_no_code, refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FILE_SIZE = "5GB"  # of weights, at most
 _OURS = "policy."  # RLVRModule's name for the policy
-_SHARDS = "state_dict/"  # what strategies.sharded_checkpoint puts before the module's names
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -66,15 +67,16 @@ def export(
     """
     if output.exists() and not overwrite:
         raise ConfigError(f"output {str(output)!r} is there already; give another name, or --overwrite to replace it")
+    checkpoint = Path(standing(checkpoint))
     file = config or _config_above(checkpoint)
     run = _read(file)
-    trained = _policy_config(run, file)
+    trained = made_from(run["model"]["policy"], PolicyConfig, f"config {str(file)!r}: model.policy")
     check_no_code(trained.path)
     held = check_checkpoint(str(checkpoint))
     policy = Policy.load(trained)
     _fill(policy, checkpoint)
     dtype = dtype or trained.dtype
-    unfinished = output.absolute().with_name(f".{output.name}.unfinished")
+    unfinished = output.absolute().with_name(f".{output.name}{UNFINISHED}")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
     try:
         _write(unfinished, policy, trained.path, getattr(torch, dtype), run["data"]["sampling"]["temperature"])
@@ -108,18 +110,6 @@ def _read(file: Path) -> dict[str, Any]:
     return run
 
 
-def _policy_config(run: dict[str, Any], file: Path) -> PolicyConfig:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--policy", type=PolicyConfig)
-    try:
-        found = parser.instantiate(parser.parse_object({"policy": run["model"]["policy"]}))
-    except ArgumentError as error:
-        raise ConfigError(f"config {str(file)!r}: model.policy is none: {error}") from error
-    return found["policy"]
-
-
 @torch.no_grad()
 def _fill(policy: Policy, checkpoint: Path) -> None:
     """Copy the checkpoint's weights into ``policy``; frozen ones need not be in it."""
@@ -148,14 +138,14 @@ def _shard_shapes(folder: Path) -> dict[str, torch.Size]:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     held: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name.removeprefix(_SHARDS): tensor.size for name, tensor in held.items() if name.startswith(_SHARDS)}
+    return {name.removeprefix(WEIGHTS): tensor.size for name, tensor in held.items() if name.startswith(WEIGHTS)}
 
 
 def _read_shards(folder: Path, into: dict[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    tensors = {f"{_SHARDS}{name}": tensor.data for name, tensor in into.items()}
+    tensors = {f"{WEIGHTS}{name}": tensor.data for name, tensor in into.items()}
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 

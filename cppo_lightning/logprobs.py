@@ -170,11 +170,16 @@ def _place(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return place, place == local
 
 
+def slice_width(tokens: int, size: int, on_cpu: bool) -> int:
+    """v, the most tokens of the vocabulary in one slice, for hidden states ``[tokens, size]``."""
+    elements = CPU_CHUNK_ELEMENTS if on_cpu else CHUNK_ELEMENTS
+    return max(_LEAST_COLUMNS, elements // max(tokens, size))
+
+
 def _slices(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Slices of the vocabulary whose logits, and whose part of the weight, are small enough to be held; none without tokens."""
     (tokens, size), vocabulary = hidden.shape, len(weight)
-    elements = CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else CHUNK_ELEMENTS
-    step = max(_LEAST_COLUMNS, elements // max(tokens, size))
+    step = slice_width(tokens, size, hidden.device.type == "cpu")
     return [slice(i, min(i + step, vocabulary)) for i in range(0, vocabulary if tokens else 0, step)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,15 @@ def model_card(
         versions: of packages that it was trained with, by name.
         metrics: step and value by tag.
     """
-    base = str(run["model"]["policy"]["path"])
+    base = os.path.expanduser(run["model"]["policy"]["path"])
     is_local = Path(base).is_dir()
     told = {part: {key: run[part][key] for key in keys if key in run.get(part, {})} for part, keys in _TOLD.items()}
-    if is_local:  # where it lies is nobody else's matter
+    # where things lie, and which hosts were asked, is nobody else's matter
+    if is_local:
         base = Path(base).resolve().name
         told["model"]["policy"] = {**told["model"]["policy"], "path": base}
+    hidden = {"prompts": _without_folders, "engine": _kind}
+    told["data"] |= {key: hide(told["data"][key]) for key, hide in hidden.items() if key in told["data"]}
     return _CARD.format(
         name=name,
         base_model="" if is_local else f"base_model: {base}\n",
@@ -103,6 +107,22 @@ def last_metrics(log_folder: Path, steps: int) -> dict[str, tuple[int, float]]:
         if values and family in _FAMILIES and "_at/" not in name:
             found[tag] = (values[-1].step, values[-1].value)
     return found
+
+
+def _without_folders(value: Any) -> Any:
+    """``value`` with the names alone of files that are given by their place on this machine."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    is_placed = isinstance(value, str) and value.startswith(("/", "~/"))
+    return Path(value).name or value if is_placed else value  # a slash alone is an operator
+
+
+def _kind(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """The class of an engine and the dtype that it computes in."""
+    given = engine.get("init_args") or {}
+    return {"class_path": engine["class_path"], "init_args": {key: given[key] for key in ("dtype",) if key in given}}
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

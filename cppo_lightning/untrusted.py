@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.replacing import names_to_disk, standing
 
 # what Lightning looks up when the run starts, in place of a path
 _NAMES = ("best", "last", "hpc", "registry")
@@ -71,15 +72,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     names_to_disk(path.parent)
 
 
-def names_to_disk(folder: Path) -> None:
-    """Return when the names in ``folder`` are on the disk, as ``fsync`` has a file's content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_checkpoint(path: str) -> dict[str, Any]:
     """What the checkpoint ``path`` holds, tensors without their values.
 
@@ -91,6 +83,7 @@ def check_checkpoint(path: str) -> dict[str, Any]:
     """
     if path.partition(":")[0] in _NAMES or "://" in path:
         return {}
+    path = standing(path)
     if Path(path).is_dir():
         path = str(Path(path, META))
     with refusing(path), open(path, "rb") as file:
@@ -120,8 +113,8 @@ def refusing(path: Any) -> Iterator[None]:
 
 
 def _checked(path: Any, checkpoint: Any) -> dict[str, Any]:
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
-        raise ConfigError(f"ckpt_path: {str(path)!r} was not saved by a Trainer: it lacks {sorted(_KEYS)}")
+    if missing := _KEYS - (checkpoint.keys() if isinstance(checkpoint, dict) else set()):
+        raise ConfigError(f"ckpt_path: {str(path)!r} was not saved by a Trainer: it lacks {sorted(missing)}")
     return checkpoint
 
 
@@ -130,14 +123,20 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def check_no_code(model: str) -> None:
-    """Raise :class:`ConfigError` if ``model``, a folder or hub id, is of a type that only Python code of its own could load.
+    """Refuse ``model``, a folder or hub id, of a type that only Python code of its own could load.
 
     Such code is never run.  Where transformers has the type itself, code in the folder is ignored.
+
+    Raises:
+        ConfigError: it is of such a type, or has no ``config.json`` that can be read.
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
     from transformers import __version__ as version
 
-    settings, _ = PretrainedConfig.get_config_dict(model)
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(model)
+    except OSError as error:
+        raise ConfigError(f"model.policy.path {model!r} should have a config.json that can be read: {error}") from error
     kind = settings.get("model_type")
     if "auto_map" in settings and kind not in CONFIG_MAPPING:
         raise ConfigError(

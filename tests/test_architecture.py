@@ -15,7 +15,7 @@ ROOT = "cppo_lightning"
 
 # A module imports from columns to its left only, or from its own package.
 ORDER = (
-    {"errors", "interrupts", "estimators"},
+    {"errors", "interrupts", "estimators", "replacing"},
     {"batch", "untrusted", "ranks", "rank_watch", "resume", "figures", "metric_dictionary", "onednn"},
     {
         "divergences",

@@ -24,6 +24,7 @@ from cppo_lightning.engines.transformers_engine import TransformersEngine
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.export import export
 from cppo_lightning.lora import LoRA
+from cppo_lightning.model_card import model_card
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig
 from cppo_lightning.strategies import sharded_checkpoint
@@ -148,6 +149,23 @@ def test_the_card_says_what_was_trained(exported: Path, tiny_model_path: Path) -
     assert settings["model"]["trust_region"]["init_args"]["divergence"]["init_args"] == {"k": 20}
 
 
+def test_the_card_tells_no_folders_and_no_hosts(run: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    mixed = [{"class_path": "mine.Rows", "init_args": {"path": path}} for path in ("/home/ada/rows.jsonl", "~/more", "org/hub")]
+    settings["data"]["prompts"] = {"class_path": "mine.Mixture", "init_args": {"sources": mixed, "operators": ["+", "/"]}}
+    servers = {"urls": ["http://10.0.0.7:8000"], "weights_folder": "/shared/ada", "dtype": "bfloat16"}
+    settings["data"]["engine"] = {"class_path": "mine.Servers", "init_args": servers}
+    text = model_card("name", settings, "float32", 2, {}, {})
+    told = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["data"]
+    assert [source["init_args"]["path"] for source in told["prompts"]["init_args"]["sources"]] == [
+        "rows.jsonl",
+        "more",
+        "org/hub",
+    ]
+    assert told["prompts"]["init_args"]["operators"] == ["+", "/"]
+    assert told["engine"] == {"class_path": "mine.Servers", "init_args": {"dtype": "bfloat16"}}
+
+
 def test_another_dtype(run: Path, exported: Path, tmp_path: Path) -> None:
     export(checkpoint(run), tmp_path / "half", dtype="bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -197,6 +215,12 @@ def test_what_does_not_belong_together_is_refused(run: Path, tmp_path: Path, smo
     settings["model"]["policy"]["path"] = str(smollm2_path)
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ConfigError, match="is of another model than the configuration's"):
+        export(checkpoint(run), tmp_path / "out", tmp_path / "other.yaml")
+    settings["model"]["policy"]["path"] = "/nowhere"
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(
+        ConfigError, match=r"other\.yaml': model\.policy: model\.policy\.path '/nowhere' does not exist; it should"
+    ):
         export(checkpoint(run), tmp_path / "out", tmp_path / "other.yaml")
     assert not (tmp_path / "out").exists()
 
@@ -260,6 +284,10 @@ def test_a_sharded_checkpoint(lora: LoRA | None, run: Path, tiny_model_path: Pat
     assert found.keys() == expected.keys() == weights(tiny_model_path).keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    if lora is None:  # of a kill while another took its name
+        (tmp_path / "step=7.ckpt").rename(tmp_path / ".step=7.ckpt.old")
+        export(tmp_path / "step=7.ckpt", tmp_path / "again", config)
+        assert all(torch.equal(tensor, found[name]) for name, tensor in weights(tmp_path / "again").items())
 
 
 def test_adapters_are_merged(run: Path, tiny_model_path: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +33,7 @@ from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig, check_precision
 from cppo_lightning.ranks import data_share
+from cppo_lightning.replacing import standing
 from cppo_lightning.strategies import FSDP2, sharded_checkpoint
 from cppo_lightning.strategies.sharding import Sharding, _assign
 from cppo_lightning.trust_regions import PPOClip
@@ -325,6 +329,17 @@ def test_a_checkpoint_in_one_file_resumes_in_shards(tiny_model_path: Path, tmp_p
     on_ranks(1, refused_on_load, shallower, str(tmp_path), "is of another model: it trains 25 parameters, this one 14")
 
 
+@pytest.mark.parametrize("strategy", [single, FSDP2])
+def test_a_checkpoint_that_lost_its_name_resumes(
+    strategy: Strategy, half: tuple[Path, dict[str, Tensor]], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(half[0], tmp_path / ".half.ckpt.old")
+    (found,) = on_ranks(1, resumed, str(tiny_model_path), 1, str(tmp_path), {}, strategy)
+    assert found["step"] == UPDATES
+    assert_close(found["weights"], half[1], 1e-5, 1e-5)
+    check_checkpoint(str(tmp_path / "half.ckpt"))
+
+
 @needs_peft
 def test_a_model_without_its_adapters_is_the_one_before(tiny_model_path: Path) -> None:
     config = PolicyConfig(str(tiny_model_path))
@@ -424,8 +439,27 @@ def test_a_save_that_is_cut_short_leaves_the_checkpoint_before(tiny_model_path: 
     on_ranks(1, cut_short, str(tiny_model_path), str(tmp_path))
 
 
+def exchange_fails(patch: pytest.MonkeyPatch, number: int | None) -> None:
+    """The kernel answers with an error, or the C library has no such function."""
+
+    def answer(*_: Any) -> int:
+        assert number is not None
+        ctypes.set_errno(number)
+        return -1
+
+    patch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace() if number is None else SimpleNamespace(renameat2=answer))
+
+
+ALL_ARE_EXCHANGED = -1
+
+
+@pytest.mark.parametrize("system", [ALL_ARE_EXCHANGED, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None])
 @pytest.mark.parametrize("before", ["nothing", "folder", "file", "link"])
-def test_a_folder_takes_its_place_whatever_is_there(before: str, tmp_path: Path) -> None:
+def test_a_folder_takes_its_place_whatever_is_there(
+    before: str, system: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if system != ALL_ARE_EXCHANGED:
+        exchange_fails(monkeypatch, system)
     new, place, other = tmp_path / "new", tmp_path / "place", tmp_path / "other"
     for folder in (new, other):
         folder.mkdir()
@@ -442,6 +476,39 @@ def test_a_folder_takes_its_place_whatever_is_there(before: str, tmp_path: Path)
     assert not place.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "place"]
     assert (other / "file").read_text() == "other"
+
+
+def test_what_a_kill_leaves_between_two_names_is_found_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange_fails(monkeypatch, errno.EINVAL)
+    new, place = tmp_path / "new", tmp_path / "place"
+    for folder in (new, place):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    assert standing(place) == str(place)
+
+    def gone(self: Path, target: Path) -> Path:
+        if self == new:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", gone)
+        with pytest.raises(KeyboardInterrupt):
+            sharded_checkpoint.put(new, place)
+    assert Path(standing(place), "file").read_text() == "place"
+    sharded_checkpoint.put(new, place)
+    assert standing(place) == str(place)
+    assert [(path.name, (path / "file").read_text()) for path in tmp_path.iterdir()] == [("place", "new")]
+
+
+def test_other_failures_of_an_exchange_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange_fails(monkeypatch, errno.EACCES)
+    for name in ("new", "place"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(PermissionError):
+        sharded_checkpoint.put(tmp_path / "new", tmp_path / "place")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "place"]
 
 
 # --- from the command line

@@ -79,6 +79,13 @@ def test_a_dry_run_prints_what_the_run_would_come_to(in_tmp: Path, capsys: pytes
     assert [path.name for path in in_tmp.iterdir()] == ["models"]
 
 
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_model_in_the_home_folder(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", str(in_tmp))
+    fit("--dry_run", "--model.policy.path=~/models/tiny")
+    assert "nothing was trained" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("nothing_starts", "in_tmp")
 def test_two_ranks_are_looked_at_by_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     fit(
@@ -96,6 +103,18 @@ def test_two_ranks_are_looked_at_by_one_process(capsys: pytest.CaptureFixture[st
     assert "1/2 of it on each rank" in row(out, "gradients")
     assert row(out, "reference weights") == row(out, "policy weights").split("  ")[0] + "  frozen, 1/2 of it on each rank"
     assert "look at this: the engine samples" not in out  # in what the trainer computes in
+
+
+@pytest.mark.usefixtures("nothing_starts", "in_tmp")
+@pytest.mark.parametrize(("together", "trained"), [(1, 8), (2, 16)])
+def test_ranks_that_compute_layers_together_sample_each_for_itself(
+    together: int, trained: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("--dry_run", *TWO_SHARDS, f"--trainer.strategy.init_args.tensor_parallel_size={together}")
+    out = capsys.readouterr().out
+    assert row(out, "responses per rank and step").startswith(f"{trained} ")
+    assert "  16 responses of " in row(out, "engine's cache")
+    assert "per rank x 2 ranks" in row(out, "peak, host memory")
 
 
 @pytest.mark.usefixtures("nothing_starts", "in_tmp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from cppo_lightning.engines import TransformersEngine, VLLMServerEngine
+from cppo_lightning.logprobs import Head, token_logprobs
 from cppo_lightning.lora import LoRA
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig
@@ -75,6 +77,25 @@ def test_activations_are_about_those_that_autograd_keeps(tiny_model_path: Path, 
     shape, layout = ModelShape.of(config), Layout(compute=torch.bfloat16 if mixed else torch.float32)
     estimated = activation_parts(shape, layout, tokens)[0].bytes * shape.layers / (shape.layers + 1)
     assert 0.75 < sum(size for _, size in kept.values()) / estimated < 1.25
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(2000, 3000), (10000, 400), (3, 100)])
+def test_logits_are_as_many_as_are_computed_at_once(
+    tokens: int, vocabulary: int, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slice of the vocabulary that is smaller on a CPU, one that is as narrow as it may be, and one that is all of it."""
+    sizes, logits = [], Head.logits
+
+    def spy(head: Head, *arguments: Any) -> torch.Tensor:
+        sizes.append((made := logits(head, *arguments)).nbytes)
+        return made
+
+    monkeypatch.setattr(Head, "logits", spy)
+    token_logprobs(torch.zeros(tokens, 8), Head(torch.zeros(vocabulary, 8)), torch.zeros(tokens, dtype=torch.long))
+    shape = replace(ModelShape.of(PolicyConfig(str(tiny_model_path))), hidden=8, vocabulary=vocabulary)
+    here, there = (activation_parts(shape, Layout(on_cpu=on_cpu), tokens)[1].bytes for on_cpu in (True, False))
+    assert here == 3 * max(sizes)
+    assert there == 3 * 4 * tokens * vocabulary
 
 
 MEASURE = """

@@ -38,10 +38,12 @@ from cppo_lightning.replay.replaying import AS_RECORDED, replay
 from cppo_lightning.replay.run_card import parts_of, read_card
 from cppo_lightning.rollout import RolloutPlan, Sampling
 from cppo_lightning.trust_regions import CPPO, TRM, Intersection, PPOClip, TrustRegion
+from tests import oracles
 from tests.callback_rig import scalars, trainer
 from tests.conftest import REPOSITORY
 from tests.rank_rig import on_ranks
 from tests.test_fit import make_data, make_module
+from tests.test_strategies import STRATEGIES, TOLERANCE
 
 TRUST_REGIONS = REPOSITORY / "configs" / "trust_region"
 REPLAY = "python -m cppo_lightning replay "
@@ -184,6 +186,26 @@ def test_the_trust_region_that_made_it_decides_as_it_did(runs: Callable[[str], R
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_recorded_tokens_are_decided_as_by_the_slow_oracles(runs: Callable[[str], Run], name: str) -> None:
+    """Real tokens behind real steps; what float32 cannot tell is left out, which is next to nothing."""
+    build, oracle = STRATEGIES[name]
+    region, told, moved = build(5), 0, 0.0
+    for part in recorded(runs("adaptive").folder):
+        gate = region(part.stats)
+        for row, response in enumerate(oracles.tokens(part.stats)):
+            own = part.stats.mask[row]
+            decided = zip(gate.keep[row][own].tolist(), gate.weight[row][own].tolist(), oracle(response, 5), strict=True)
+            for keep, weight, wanted in decided:
+                if wanted.margin > TOLERANCE:
+                    assert keep == wanted.keep
+                    assert weight == pytest.approx(wanted.weight, rel=1e-5)
+                    told += 1
+            moved = max(moved, *(abs(token.rho - 1) for token in response))
+    assert told > 0.9 * sum(len(values.keep) for values in runs("adaptive").seen.values())
+    assert moved > 0.5
+
+
 def test_on_two_ranks(tiny_model_path: Path, tmp_path: Path) -> None:
     found = on_ranks(2, record_on_a_rank, tiny_model_path, tmp_path)
     assert all(found), "both trained"
@@ -504,6 +526,7 @@ def test_settings_make_the_same_trust_region_again(file: Path) -> None:
     region = made_from(yaml.safe_load(file.read_text())["model"]["trust_region"], TrustRegion, file.stem)
     written = json.loads(json.dumps(settings_of(region)))
     assert made_from(written, TrustRegion, file.stem) == region
+    assert written == settings_of(region), "what it is made from stays as it was, to be written down"
 
 
 # docs/replay.md -------------------------------------------------------------------------------------------------------------

@@ -143,14 +143,36 @@ def test_load_from_checkpoint(weights_only: bool | None, hostile: Path, checkpoi
         assert torch.equal(weight, checkpoint["state_dict"][f"policy.model.{name}"])
 
 
+def test_weights_of_another_model(hostile: Path, checkpoint: dict[str, Any]) -> None:
+    """What is wrong is said in a line, and not that the file is broken."""
+    parts: dict[str, Any] = {"policy": PolicyConfig("models/tiny"), "trust_region": PPOClip()}
+    weights = checkpoint["state_dict"]
+    name = next(iter(weights))
+    for changed, words in (
+        (
+            {n: w for n, w in weights.items() if n != name},
+            f"the checkpoint lacks 1 weights of this run's model, {name} for one",
+        ),
+        (
+            {**weights, "policy.model.more": weights[name]},
+            "is of another model: it has policy.model.more, which this one has not",
+        ),
+        ({**weights, name: weights[name][:1]}, f"is of another model: {name} is "),
+    ):
+        torch.save({**checkpoint, "state_dict": changed}, hostile)
+        with pytest.raises(ConfigError) as error:
+            RLVRModule.load_from_checkpoint(hostile, **parts)
+        assert words in str(error.value)
+
+
 BROKEN = {
     "missing": (None, "No such file"),
     "empty": (b"", "is no checkpoint"),
     "text": (b"weights", "is no checkpoint"),
     "a plain pickle": (b"\x80\x04N.", "is no checkpoint"),
     "half": ("half", "is no checkpoint, or not a whole one"),
-    "weights alone": ({"state_dict": {}}, "was not saved by a Trainer"),
-    "a list": ([1], "was not saved by a Trainer"),
+    "weights alone": ({"state_dict": {}}, "was not saved by a Trainer: it lacks ['pytorch-lightning_version']"),
+    "a list": ([1], "was not saved by a Trainer: it lacks ['pytorch-lightning_version', 'state_dict']"),
 }
 
 
@@ -231,6 +253,12 @@ def test_a_model_that_needs_its_own_code_is_refused(
     line = refused(capsys, f"--model.policy.path={with_code}")
     assert "comes with Python code of its own (auto_map in config.json), which is never run" in line
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_model_type_that_cannot_be_read_is_refused(with_code: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (with_code / "config.json").write_text("{")
+    line = refused(capsys, f"--model.policy.path={with_code}")
+    assert line.startswith(f"model.policy.path {str(with_code)!r} should have a config.json that can be read: ")
 
 
 def test_pickled_weights_are_read_as_weights(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ class Batches:
 
     Args:
         plan: prompts, samples and updates of a rollout.
-        ranks: that take prompts of their own.
+        ranks: that train on batches of their own.
         prompt_tokens: of each training problem.
         max_tokens: longest response, in tokens.
         micro_batch_tokens: padded tokens in one forward pass.

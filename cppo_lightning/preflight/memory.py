@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from cppo_lightning.logprobs import CHUNK_ELEMENTS
+from cppo_lightning.logprobs import slice_width
 from cppo_lightning.preflight.model_shape import ModelShape, weight_bytes
 from cppo_lightning.preflight.section import Row, Section, number, size
 
@@ -41,6 +41,7 @@ class Layout:
         copies_gradients: whether gradients are gathered in buckets of their own (DDP).
         offloads: whether shards, gradients and optimizer states lie in host memory.
         compute: dtype of activations.
+        on_cpu: whether the rank computes on the CPU.
         checkpointing: whether activations are recomputed layer by layer.
     """
 
@@ -48,6 +49,7 @@ class Layout:
     copies_gradients: bool = False
     offloads: bool = False
     compute: torch.dtype = torch.float32
+    on_cpu: bool = True
     checkpointing: bool = False
 
 
@@ -99,7 +101,7 @@ def activation_parts(shape: ModelShape, layout: Layout, tokens: int) -> list[Par
 
     Assumes layers of the Llama kind and an attention that keeps no score matrix (sdpa, flash).  A layer keeps, per token, about
     ``6 hidden + 4 (queries + keys) + 4 intermediate`` numbers in the dtype that it computes in, and where that is not float32
-    ``4 hidden`` float32 numbers in its norms.  Of logits only chunks of 64 MiB exist.
+    ``4 hidden`` float32 numbers in its norms.  Of logits only a slice of the vocabulary exists at a time.
     """
     width = layout.compute.itemsize
     per_token = width * (6 * shape.hidden + 4 * (shape.queries + shape.keys) + 4 * shape.intermediate)
@@ -109,12 +111,12 @@ def activation_parts(shape: ModelShape, layout: Layout, tokens: int) -> list[Par
         note = f"one layer, recomputed, and the inputs of {shape.layers}"
     else:
         kept, note = (shape.layers + 1) * per_token, f"{shape.layers} layers, and one whose gradient is computed"
-    chunk = min(tokens * shape.vocabulary, CHUNK_ELEMENTS) * _FLOAT32
+    piece = tokens * min(shape.vocabulary, slice_width(tokens, shape.hidden, layout.on_cpu)) * _FLOAT32
     head = shape.vocabulary * shape.hidden * width if shape.head_is_trained else 0
     return [
         Part("activations", tokens * kept, f"{number(tokens)} padded tokens, {note}", "training"),
         Part(
-            "logits", 3 * chunk, f"3 chunks of {size(chunk)}; never {number(tokens)} x {number(shape.vocabulary)}", "training"
+            "logits", 3 * piece, f"3 slices of {size(piece)}; never {number(tokens)} x {number(shape.vocabulary)}", "training"
         ),
         Part("the head's gradient", head, "a micro-batch's, before it is added to the sum", "training"),
     ]

@@ -20,7 +20,7 @@ from cppo_lightning.preflight.model_shape import ModelShape
 from cppo_lightning.preflight.section import plural
 from cppo_lightning.preflight.settings import trust_region_section
 from cppo_lightning.preflight.versions import Setup, cores, installed, versions_section
-from cppo_lightning.ranks import data_share
+from cppo_lightning.ranks import data_share, sampling_share
 from cppo_lightning.rollout import PromptOrder
 from cppo_lightning.strategies import FSDP2
 
@@ -71,10 +71,10 @@ def sections(trainer: Trainer, module: RLVRModule, data: RolloutDataModule) -> l
     """Everything that is printed, of a run that has been set up."""
     training = data.sets.training
     assert training is not None, "set_up reads it"
-    _, ranks = data_share(trainer)
+    _, ranks = sampling_share(trainer)
     batches = Batches(
         plan=data.plan,
-        ranks=ranks,
+        ranks=data_share(trainer)[1],
         prompt_tokens=training.prompt_tokens,
         max_tokens=data.sampling.max_tokens,
         micro_batch_tokens=module.micro_batch_tokens,
@@ -115,6 +115,7 @@ def layout_of(trainer: Trainer, module: RLVRModule) -> Layout:
         copies_gradients=isinstance(strategy, DDPStrategy),
         offloads=isinstance(strategy, FSDP2) and strategy.cpu_offload,
         compute=torch.bfloat16 if half else getattr(torch, module.policy_config.dtype),
+        on_cpu=strategy.root_device.type == "cpu",
         checkpointing=module.policy_config.gradient_checkpointing,
     )
 

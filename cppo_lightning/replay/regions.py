@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,7 +57,8 @@ def made_from(settings: Any, kind: type[T], where: str) -> T:
     parser = ArgumentParser(exit_on_error=False, parser_mode="omegaconf")
     parser.add_argument("--made", type=kind)
     try:
-        return parser.instantiate(parser.parse_object({"made": settings}))["made"]
+        # jsonargparse writes what it has parsed into what it is given
+        return parser.instantiate(parser.parse_object({"made": deepcopy(settings)}))["made"]
     except (ArgumentError, ConfigError) as error:
         raise ConfigError(f"{where}: {_reason(error)}") from error
 

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.replacing import standing
 from cppo_lightning.strategies import sharded_checkpoint
 from cppo_lightning.strategies.sharding import Sharding
 from cppo_lightning.untrusted import META
@@ -123,7 +124,7 @@ class FSDP2(ModelParallelStrategy):
         Raises:
             ConfigError: no checkpoint, or not one of this model.
         """
-        path = Path(self.broadcast(checkpoint_path))
+        path = Path(self.broadcast(standing(checkpoint_path)))
         rest = self.checkpoint_io.load_checkpoint(path / META if path.is_dir() else path)
         assert self.model is not None
         sharded_checkpoint.load(path, rest, self.model, self.optimizers)

@@ -6,8 +6,6 @@ so that any number of ranks can read what another number wrote.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,8 +26,9 @@ from torch.distributed.tensor import DTensor
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.ranks import from_rank_zero
+from cppo_lightning.replacing import put, standing
 from cppo_lightning.strategies.sharding import copy_part
-from cppo_lightning.untrusted import META, UNFINISHED, WeightsOnly, names_to_disk, write_whole
+from cppo_lightning.untrusted import META, UNFINISHED, WeightsOnly, write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Tensor)
 _TIED = "tied_weights"  # in a checkpoint: names of weights that stand there under another
-_WEIGHTS = "state_dict/"  # begins the paths of the module's tensors
+WEIGHTS = "state_dict/"  # begins the paths of the module's tensors
 _FILE_BYTES = 2**30  # a file is put together in memory before it is written
 
 
@@ -76,6 +75,7 @@ class ReadsShards(WeightsOnly):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Raises :class:`ConfigError` for what is no checkpoint, or holds other objects than tensors and plain values."""
+        path = standing(path)
         if not Path(path).is_dir():
             return super().load_checkpoint(path, *args, **kwargs)
         return _whole(Path(path), super().load_checkpoint(Path(path, META), *args, **kwargs))
@@ -132,12 +132,12 @@ def _check_same(
     """Raise :class:`ConfigError` unless what a checkpoint holds is of this model and trains all that this run does."""
 
     def needed(name: str) -> bool:
-        return not name.startswith(_WEIGHTS) or name.removeprefix(_WEIGHTS) in trained
+        return not name.startswith(WEIGHTS) or name.removeprefix(WEIGHTS) in trained
 
     if missing := sorted(name for name in wanted.keys() - held.keys() if needed(name)):
         raise ConfigError(f"ckpt_path: {str(path)!r} lacks {len(missing)} tensors of this run, {missing[0]} for one")
-    names = {name for name in held if name.startswith(_WEIGHTS)}
-    if surplus := sorted(name for name in names if name.removeprefix(_WEIGHTS) not in weights):
+    names = {name for name in held if name.startswith(WEIGHTS)}
+    if surplus := sorted(name for name in names if name.removeprefix(WEIGHTS) not in weights):
         raise ConfigError(f"ckpt_path: {str(path)!r} is of another model: it has {surplus[0]}, which this one has not")
     if other := sorted(name for name in names & wanted.keys() if held[name] != wanted[name].shape):
         shapes = list(held[other[0]]), list(wanted[other[0]].shape)
@@ -219,22 +219,3 @@ def _files(shards: Mapping[str, DTensor]) -> dict[str, int]:
         local = tensor.to_local()
         places[name], total = 1 + total // _FILE_BYTES, total + local.numel() * local.element_size()
     return places
-
-
-def put(new: Path, place: Path) -> None:
-    """Rename ``new`` to ``place`` in one step, also where something has that name, which is then deleted."""
-    if os.path.lexists(place):
-        _exchange(new, place)
-        shutil.rmtree(new) if new.is_dir() and not new.is_symlink() else new.unlink()
-    else:
-        new.rename(place)
-    names_to_disk(place.parent)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Exchange two names at once (Linux), since folders cannot be renamed over another."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(one), None, str(other))

@@ -138,7 +138,7 @@ def copy_part(tensor: Tensor, whole: Tensor) -> None:
 
 def _folder_with(path: str, names: Any) -> str | None:
     """The folder of ``path`` if its safetensors files hold tensors of these ``names``, else None."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
