@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -30,7 +31,7 @@ from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream
 from cppo_lightning.rollout.problem_sets import DataRules, ProblemSets, context_length
 from cppo_lightning.rollout.progress import Progress
 from cppo_lightning.rollout.saved import joined
-from cppo_lightning.rollout.settings import check_same_data, check_settings, check_training
+from cppo_lightning.rollout.settings import check_same_data, check_settings, check_training, drawn_with
 from cppo_lightning.verifiers import Verifier, VerifierPool
 from cppo_lightning.verifiers.overlong import Overlong
 
@@ -109,7 +110,7 @@ class RolloutDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_settings(plan, sampling, overlong, engine, top_k)
-        self.model = model
+        self.model = os.path.expanduser(model)
         self.prompts = prompts
         self.pool = verifier if isinstance(verifier, VerifierPool) else VerifierPool(verifier)
         self.engine = engine
@@ -154,7 +155,8 @@ class RolloutDataModule(LightningDataModule):
             rollouts = TrainingRollouts(
                 order, refills, self.plan, share, sync=self.sync_weights, sample=self._sample, seed=self.draw_seed
             )
-            self.progress = Progress(rollouts, self._stream(), share, data_share(self._trainer()))
+            settings = drawn_with(self.plan, self.sampling, self.top_k, self.seed)
+            self.progress = Progress(rollouts, self._stream(), share, data_share(self._trainer()), settings)
             self.fingerprint = training.fingerprint
             self._restore()
         if self.evaluation is not None:

@@ -115,8 +115,7 @@ def on_all_ranks(make: Callable[[], T]) -> T:
     except (Exception, Interrupted) as error:  # raised below, once the others know
         made, failure = [], error
     mine = failure.received if isinstance(failure, Interrupted) else None if failure is None else f"rank {rank}: {failure}"
-    found: list[signal.Signals | str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
+    found = on_every_rank(mine)
     for received in found:
         if isinstance(received, signal.Signals):
             raise AllRanksInterrupted(received) from failure
@@ -142,6 +141,15 @@ def check_signals(device: torch.device) -> None:
     torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
     if int(received):
         raise AllRanksInterrupted(signal.Signals(int(received)))
+
+
+def on_every_rank(value: T) -> list[T]:
+    """Every rank's ``value`` by rank.  Every rank must call it."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
 
 
 def on_rank_zero(value: T) -> list[T] | None:

@@ -25,11 +25,18 @@ class Moody(Verifier):
     def check(self, problem: Problem) -> None:
         if problem.answer == "sleep":
             time.sleep(3600)
+        if problem.answer.startswith("sleep_once "):
+            self.on_sleep_once(problem.answer.partition(" ")[2])
         if not problem.answer:
             raise ValueError("no answer at all")
 
     def on_sleep(self, rest: str) -> None:
         time.sleep(3600)
+
+    def on_sleep_once(self, flag: str) -> None:
+        if not Path(flag).exists():
+            Path(flag).touch()
+            time.sleep(3600)
 
     def on_power(self, rest: str) -> None:
         bytes(9**9**9**9)

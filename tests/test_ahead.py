@@ -19,11 +19,12 @@ from torch import Tensor
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.callbacks import FailureCheckpoint, RolloutMetrics
 from cppo_lightning.datamodule import RolloutDataModule
+from cppo_lightning.divergences import TopKTV
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.ranks import AllRanksError
 from cppo_lightning.rollout import Completion, RolloutPlan, Sampling, TransformersEngine
 from cppo_lightning.rollout.background import Background
-from cppo_lightning.trust_regions import PPOClip
+from cppo_lightning.trust_regions import CPPO, PPOClip
 from cppo_lightning.verifiers import Format
 from tests.callback_rig import scalars
 from tests.callback_rig import trainer as logging_trainer
@@ -285,6 +286,13 @@ def test_a_checkpoint_holds_the_rollout_ahead_and_does_not_count_it(ahead: Run, 
     in_turn, _, _ = run(tiny_model_path, tmp_path, 0, resume=tmp_path / "1.ckpt")
     assert in_turn.ids == ahead[0].ids[2:]
     assert in_turn.versions == [(4, [4]), (5, [4]), (6, [6]), (7, [6])], "without staleness it is drawn again"
+    fewer: dict[str, Any] = {"plan": plan(1, prompts=2)}
+    wider: dict[str, Any] = {"top_k": 6, "module_settings": {"trust_region": CPPO(TopKTV(6))}}
+    for other, rollouts in ((fewer, 6), (wider, 4)):
+        notes, _, data = run(tiny_model_path, tmp_path, 1, rollouts, resume=tmp_path / "1.ckpt", **other)
+        assert isinstance(data.engine, Engine)
+        assert data.engine.calls[0] == (True, 4), "with other settings it is drawn again"
+        assert [name for ids in notes.ids for name in ids] == [name for ids in ahead[0].ids[2:] for name in ids]
 
 
 def test_other_errors_than_rollouts_are_not_saved(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.prompts import BadRowError, BadRows, DatasetPrompts, LoadCounts, PromptSource, check_problems
-from cppo_lightning.verifiers import MathAnswer, Problem
+from cppo_lightning.verifiers import MathAnswer, Problem, VerifierPool
+from tests.moody import Moody
 from tests.test_prompts import write
 
 GOOD = {"id": "a", "problem": "1 + 1 = ?", "answer": "2"}
@@ -190,6 +191,20 @@ def test_answers_that_cannot_be_judged_are_skipped_and_counted(tmp_path: Path) -
     assert counts.examples[0].startswith(f"problem 'b' ({path}:2): cannot be judged by MathAnswer: ")
     with pytest.raises(ConfigError, match=r"problem 'b' .* \(2 of 2 are like this\)"):
         check_problems(problems[1:3], MathAnswer(), BadRows(skip=True))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_check_that_is_late_is_tried_again_and_never_skipped(tmp_path: Path, skip: bool) -> None:
+    """What is left out must not depend on how busy a machine is."""
+    answers = ("1", f"sleep_once {tmp_path / 'flag'}", "sleep")
+    good, busy, slow = (Problem("abc"[i], (), answer) for i, answer in enumerate(answers))
+    with VerifierPool(Moody(), deadline=0.5) as pool:
+        counts = BadRows(skip)
+        assert check_problems([good, busy], pool, counts) == [good, busy]
+        assert counts.counts == LoadCounts()
+        message = r"problem 'c' .*Moody has twice not checked it in VerifierPool\.deadline = 0\.5 s; raise the deadline.*1 of 2"
+        with pytest.raises(ConfigError, match=message):
+            check_problems([good, slow], pool, counts)
 
 
 def test_counts_of_parts_add_up() -> None:

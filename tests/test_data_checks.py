@@ -33,6 +33,7 @@ from cppo_lightning.rollout import (
     Sampler,
     TransformersEngine,
     VLLMEngine,
+    problem_sets,
 )
 from cppo_lightning.rollout.problem_sets import DataRules, ProblemSets, context_length
 from cppo_lightning.verifiers import Format, MathAnswer, Problem, VerifierPool
@@ -330,6 +331,16 @@ def test_only_one_rank_speaks(sampler: Sampler, caplog: pytest.LogCaptureFixture
     assert sets.training is not None
     assert sets.training.too_long == 2
     assert caplog.messages == []
+
+
+def test_ranks_that_read_other_problems_are_refused(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = ProblemSets(sampler, DataRules(), None)
+    monkeypatch.setattr(problem_sets, "on_every_rank", lambda mine: [mine, mine])
+    found = sets.load_training(TRAINED, 10).fingerprint
+    monkeypatch.setattr(problem_sets, "on_every_rank", lambda mine: [mine, mine, "0123"])
+    message = f"problems on rank 2 have the fingerprint 0123, those on rank 0 {found}; give every rank the same files"
+    with pytest.raises(ConfigError, match=message):
+        sets.load_training(TRAINED, 10)
 
 
 @pytest.mark.parametrize(

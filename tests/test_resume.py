@@ -30,7 +30,7 @@ from cppo_lightning.callbacks import FailureCheckpoint, RolloutMetrics, RunCheck
 from cppo_lightning.cli import main
 from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.resume import generator_states, set_generator_states, tell_other_versions, versions
+from cppo_lightning.resume import checkpoint_path, generator_states, set_generator_states, tell_other_versions, versions
 from cppo_lightning.rollout import RolloutPlan
 from cppo_lightning.rollout.evaluation import Evaluation
 from cppo_lightning.rollout.sampler import Rollout
@@ -188,6 +188,10 @@ def test_the_rest_of_a_rollout_keeps_its_updates(tiny_model_path: Path, tmp_path
     run(tiny_model_path, tmp_path, 0, 1, callbacks=[Saving(tmp_path)])
     with pytest.raises(ConfigError, match=r"the rest of a rollout of 2 updates, and data\.plan\.updates is 4"):
         run(tiny_model_path, tmp_path, 0, 1, resume=tmp_path / "update_1.ckpt", plan=plan(0, updates=4))
+    warmer = {"sampling": Sampling(8, temperature=2.0), "module_settings": {"temperature": 2.0}}
+    with pytest.raises(ConfigError, match=r"was sampled at temperature 1\.0, and data\.sampling\.temperature is 2\.0: go on"):
+        run(tiny_model_path, tmp_path, 0, 1, resume=tmp_path / "update_1.ckpt", **warmer)
+    run(tiny_model_path, tmp_path, 0, 2, resume=tmp_path / "rollout_2.ckpt", **warmer)
 
 
 def test_metrics_of_a_rollout_are_those_of_all_its_updates(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -325,6 +329,17 @@ def test_what_a_killed_run_left_is_removed_by_the_next_checkpoint(tmp_path: Path
     (tmp_path / ".hidden").touch()
     write_whole({}, tmp_path / "last.ckpt")
     assert sorted(file.name for file in tmp_path.iterdir()) == [".hidden", "last.ckpt"]
+
+
+def test_last_is_found_where_a_kill_has_left_it(tmp_path: Path) -> None:
+    """A folder that had to give up its name before another had it; and not one that was being deleted."""
+    keeper = RunCheckpoint(dirpath=tmp_path, save_last=True)
+    trainer = make_trainer(tmp_path, [keeper], enable_checkpointing=True)
+    (tmp_path / ".last.ckpt.old").mkdir()
+    assert checkpoint_path(trainer, "fit", "last") == str(tmp_path / ".last.ckpt.old")
+    (tmp_path / "last.ckpt").mkdir()
+    os.utime(tmp_path / ".last.ckpt.old", times=(2**32, 2**32))
+    assert checkpoint_path(trainer, "fit", "last") == str(tmp_path / "last.ckpt")
 
 
 def saved_by(path: Path, folder: Path, **settings: Any) -> dict[str, int]:

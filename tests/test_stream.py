@@ -158,6 +158,30 @@ def test_passes_go_through_the_same_minibatches_again() -> None:
         RolloutPlan(passes=0)
 
 
+def test_a_rest_that_lacks_what_is_read_of_it_is_refused() -> None:
+    def recompute(batch: RolloutBatch) -> RecomputedBatch:
+        return RecomputedBatch(**vars(batch), old_logp=batch.rollout_logp)
+
+    rollout = make_rollout([[0, 1], [1, 1], [1, 0]])  # with the top 2
+    first = RolloutStream(lambda: rollout, GroupRelative(), 2, top_k=0, pad_id=0)
+    next(iter(first))
+    rest = first.hand
+    assert rest is not None
+    with pytest.raises(ConfigError, match=r"log-prob.* top 2 tokens, and model\.trust_region reads the top 3: .*between two"):
+        RolloutStream(lambda: rollout, GroupRelative(), 2, top_k=3, pad_id=0).restore(rest, None)
+    again = RolloutStream(lambda: rollout, GroupRelative(), 2, top_k=0, pad_id=0, recompute=recompute)
+    with pytest.raises(
+        ConfigError, match=r"was not recomputed, and model\.anchor is recomputed: go on with the anchor rollout"
+    ):
+        again.restore(rest, None)
+    next(iter(again))
+    for fitting in (again, RolloutStream(lambda: rollout, GroupRelative(), 2, top_k=2, pad_id=0)):
+        fitting.restore(again.hand, None)  # the group without a spread is not recomputed, and not read
+        assert [batch.group.tolist() for batch in fitting] == [[0, 0], [2, 2]]
+    again.restore(replace(rest, rollout=replace(rollout, samples=[]), shares=[[], []]), None)
+    assert [len(batch) for batch in again] == [0, 0]
+
+
 def refill_of(spread: list[list[int]], groups: int, max_refills: int) -> tuple[list[tuple[int, int]], Rollout]:
     """Refill number i has a spread in the groups where ``spread[i]`` is 1; number 0 is the first draw."""
     asked: list[tuple[int, int]] = []

@@ -30,10 +30,11 @@ from cppo_lightning.errors import ConfigError
 from cppo_lightning.lora import LoRA
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig
-from cppo_lightning.rollout import progress
+from cppo_lightning.rollout import RolloutPlan, Sampling, progress
 from cppo_lightning.rollout.progress import Progress
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.rollout.saved import Unfinished, joined
+from cppo_lightning.rollout.settings import drawn_with
 from cppo_lightning.strategies import FSDP2
 from cppo_lightning.strategies.sharding import Sharding, _assign
 from cppo_lightning.strategies.tensor_parallel import parallelize
@@ -187,12 +188,15 @@ def test_a_checkpoint_in_one_file_goes_on_with(tiny_model_path: Path, tmp_path: 
     assert_close(found["weights"], whole, 1e-5, 1e-5)
 
 
+SETTINGS = drawn_with(RolloutPlan(), Sampling(), 0, 0)
+
+
 def went_on(state: Any, sampling: tuple[int, int], training: tuple[int, int]) -> Unfinished:
     """What a rank goes on with from a checkpoint."""
     found: dict[str, Any] = {}
     rollouts: Any = SimpleNamespace(restore=lambda position, ahead: found.update(ahead=ahead))
     stream: Any = SimpleNamespace(restore=lambda hand, generators: found.update(hand=hand, generators=generators))
-    Progress(rollouts, stream, sampling, training).load_state_dict(state)
+    Progress(rollouts, stream, sampling, training, SETTINGS).load_state_dict(state)
     return Unfinished(**found)
 
 
@@ -206,7 +210,7 @@ def test_what_pairs_of_ranks_hold_goes_on_in_pairs_and_alone(monkeypatch: pytest
     monkeypatch.setattr(progress, "on_rank_zero", lambda _: [(rank // 2, mine.state_dict()) for rank, mine in enumerate(held)])
     rollouts: Any = SimpleNamespace(position=7, ready=lambda seconds: None)
     stream: Any = SimpleNamespace(hand=None)
-    state = Progress(rollouts, stream, (0, 4), (0, 2)).state_dict(0, None)
+    state = Progress(rollouts, stream, (0, 4), (0, 2), SETTINGS).state_dict(0, None)
     assert [part["hand"] is None for part in state["ranks"]] == [False, True, False, True]
     for rank, mine in enumerate(held):
         found = went_on(state, (rank, 4), (rank // 2, 2))

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from cppo_lightning.cli import main
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.prompts import ReasoningGymPrompts
 from cppo_lightning.verifiers import (
     ByDataset,
     Format,
@@ -24,6 +25,7 @@ from cppo_lightning.verifiers import (
     Verifier,
     VerifierPool,
     WeightedSum,
+    reasoning_gym,
 )
 from cppo_lightning.verifiers.reasoning_gym import EVALUATES_ANSWERS
 
@@ -104,6 +106,16 @@ for name in sorted(set(DATASETS) - {"composite"}):
 """
     )
     assert {line.split()[1] for line in lines if line.startswith("executes ")} == EVALUATES_ANSWERS
+
+
+def test_another_reasoning_gym_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasoning_gym, "version", lambda name: "0.1.26")
+    reasoning_gym._scorer.cache_clear()
+    message = r"reasoning-gym 0\.1\.26 is installed, .* known of 0\.1\.25 alone; .*pip install 'reasoning-gym==0\.1\.25'"
+    with pytest.raises(ConfigError, match=message):
+        ReasoningGymPrompts("basic_arithmetic").load()
+    with pytest.raises(ConfigError, match=message):
+        ReasoningGym().prepare()
 
 
 # --- reasoning-gym -----------------------------------------------------------------------------------------------------------

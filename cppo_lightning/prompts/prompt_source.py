@@ -55,14 +55,23 @@ def check_problems(
 
     Raises:
         ConfigError: the first problem whose answer could never be verified, by id and place, and how many there are; when they
-            are left out, only if there is no other.
+            are left out, only if there is no other.  A problem that was twice not checked by the deadline is one in any case:
+            what is trained on must not depend on how busy a machine is.
     """
     if isinstance(verifier, Verifier):
         with VerifierPool(verifier) as pool:
             return check_problems(problems, pool, bad_rows)
     counts = BadRows() if bad_rows is None else bad_rows
     verdicts = verifier.check(problems)
+    late = [place for place, verdict in enumerate(verdicts) if verdict.outcome is Outcome.TIMED_OUT]
+    for place, verdict in zip(late, verifier.check([problems[place] for place in late]), strict=True):
+        verdicts[place] = verdict
     name = type(verifier.verifier).__name__
+    if late := [place for place in late if verdicts[place].outcome is Outcome.TIMED_OUT]:
+        raise ConfigError(
+            f"{_place(problems[late[0]])}: {name} has twice not checked it in VerifierPool.deadline = {verifier.deadline:g} s; "
+            f"raise the deadline, or remove it ({len(late)} of {len(problems)} are like this)"
+        )
     reason = f"cannot be judged by {name}"
     judged = [problem for problem, verdict in zip(problems, verdicts, strict=True) if verdict.outcome is Outcome.CORRECT]
     failed = [

@@ -13,7 +13,7 @@ from cppo_lightning.prompts.bad_rows import BadRows
 from cppo_lightning.prompts.holdout import Split, check_split, in_split
 from cppo_lightning.prompts.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
-from cppo_lightning.verifiers.reasoning_gym import INSTALL, refuse_evaluating
+from cppo_lightning.verifiers.reasoning_gym import library, refuse_evaluating
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,10 @@ class ReasoningGymPrompts(PromptSource):
         return [self._problem(entry) for entry in list(entries.values())[: self.limit]]
 
     def _draw(self) -> list[dict[str, Any]]:
-        try:
-            import reasoning_gym
-            from reasoning_gym.factory import DATASETS
-        except ImportError as error:
-            raise ConfigError(INSTALL) from error
-        if self.name not in DATASETS:
-            near = difflib.get_close_matches(self.name, DATASETS, n=3) or sorted(DATASETS)[:3]
+        reasoning_gym = library()
+        tasks = reasoning_gym.factory.DATASETS
+        if self.name not in tasks:
+            near = difflib.get_close_matches(self.name, tasks, n=3) or sorted(tasks)[:3]
             raise ConfigError(f"ReasoningGymPrompts.name: reasoning-gym has no task {self.name!r}; near: {', '.join(near)}")
         try:
             return list(reasoning_gym.create_dataset(self.name, size=self.size, seed=self.seed, **self.params))

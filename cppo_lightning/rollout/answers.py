@@ -49,7 +49,6 @@ def conclude(rows: Sequence[Row], samples: int, step: int, folder: Path) -> Scor
         rows: this rank's, ``samples`` to each problem.
         samples: responses to each problem.
         step: optimizer steps that the weights had seen.
-        rank: this rank's number among those that sample (:func:`cppo_lightning.ranks.sampling_share`).
         folder: gets a folder per set.
 
     Raises:

@@ -12,6 +12,8 @@ from cppo_lightning.prompts.bad_rows import BadRows, LoadCounts
 from cppo_lightning.prompts.contamination import Overlap, TrainingTexts
 from cppo_lightning.prompts.fingerprint import fingerprint
 from cppo_lightning.prompts.prompt_source import PromptSource, check_problems
+from cppo_lightning.ranks import on_every_rank
+from cppo_lightning.rollout.settings import check_same_on_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,10 +90,10 @@ class ProblemSets:
         self._texts: TrainingTexts | None = None
 
     def load_training(self, source: PromptSource, max_tokens: int) -> ProblemSet:
-        """Read what is trained on; responses have up to ``max_tokens`` tokens.
+        """Read what is trained on; responses have up to ``max_tokens`` tokens.  Every rank must call it.
 
         Raises:
-            ConfigError: rows that cannot be used, or no problem that can.
+            ConfigError: rows that cannot be used, no problem that can, or other problems than on another rank.
         """
         longest = self._longest(max_tokens)
         problems, rows = self._read(source)
@@ -104,6 +106,7 @@ class ProblemSets:
                 "raise data.max_prompt_tokens, or lower data.sampling.max_tokens where the context is the limit"
             )
         found = fingerprint(kept, self.sampler.template, source.shares())
+        check_same_on_ranks(on_every_rank(found))
         dropped = len(problems) - len(kept)
         lengths = list(compress(lengths, fits))
         self.training = ProblemSet(["training"], kept, found, rows.counts, rows.summary(), dropped, prompt_tokens=lengths)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cppo_lightning.errors import ConfigError
 from cppo_lightning.ranks import on_rank_zero
 from cppo_lightning.resume import generator_states
 from cppo_lightning.rollout.saved import Unfinished, for_rank
@@ -24,15 +25,22 @@ class Progress:
         stream: cuts them into minibatches.
         sampling: this rank's number among those that sample problems of their own, and how many these are.
         training: its number among those that train on rollouts of their own, and how many these are.
+        drawn_with: what rollouts depend on besides problems and weights.
     """
 
     def __init__(
-        self, rollouts: TrainingRollouts, stream: RolloutStream, sampling: tuple[int, int], training: tuple[int, int]
+        self,
+        rollouts: TrainingRollouts,
+        stream: RolloutStream,
+        sampling: tuple[int, int],
+        training: tuple[int, int],
+        drawn_with: Mapping[str, float],
     ) -> None:
         self.rollouts = rollouts
         self.stream = stream
         self.sampling = sampling
         self.training = training
+        self.drawn_with = drawn_with
 
     def state_dict(self, trained: int | None, seconds: float | None) -> dict[str, Any]:
         """Tensors and plain values; ``ranks``, and which of them are ``leading`` and keep their hands, are None but on rank 0.
@@ -50,22 +58,32 @@ class Progress:
             generators=generator_states(),
         )
         found = on_rank_zero((self.training[0], mine.state_dict()))
+        common = {"prompt_position": self.rollouts.position, "drawn_with": dict(self.drawn_with)}
         if found is None:
-            return {"prompt_position": self.rollouts.position, "ranks": None, "leading": None}
+            return {**common, "ranks": None, "leading": None}
         numbers = [number for number, _ in found]
         leading = [numbers.index(number) for number in sorted(set(numbers))]
         # ranks that train on the same rollout have the same in hand
         ranks = [part if rank in leading else {**part, "hand": None} for rank, (_, part) in enumerate(found)]
-        return {"prompt_position": self.rollouts.position, "ranks": ranks, "leading": leading}
+        return {**common, "ranks": ranks, "leading": leading}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave on rank 0, on any number of ranks.
 
+        A rollout ahead that was drawn with other settings is drawn again.
+
         Raises:
-            ConfigError: it is in the middle of a rollout with another number of updates.
+            ConfigError: it is in the middle of a rollout with another number of updates, temperature or anchor, or without the
+                top-K that the trust region reads.
         """
         parts = [Unfinished.from_state(part) for part in state["ranks"]]
         sampled = for_rank(parts, *self.sampling)
         trained = for_rank([parts[rank] for rank in state["leading"]], *self.training)
-        self.rollouts.restore(state["prompt_position"], sampled.ahead)
+        before, now = state["drawn_with"]["temperature"], self.drawn_with["temperature"]
+        if trained.hand is not None and before != now:
+            raise ConfigError(
+                f"the checkpoint holds the rest of a rollout that was sampled at temperature {before}, and "
+                f"data.sampling.temperature is {now}: go on with {before}, or from a checkpoint between two rollouts"
+            )
+        self.rollouts.restore(state["prompt_position"], sampled.ahead if state["drawn_with"] == self.drawn_with else None)
         self.stream.restore(trained.hand, sampled.generators)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,6 @@ class Scores:
             if key.endswith(f"@{self.samples}"):  # others could be those of a second evaluation, of other sets
                 tags |= _tags(f"eval/{key}", estimate)
         return tags
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values: ``samples``, ``sets`` by name and ``mean``."""
-        return asdict(self)
 
 
 def _tags(tag: str, estimate: Estimate) -> dict[str, float]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cppo_lightning.engines.engine import RolloutEngine, Sampling
     from cppo_lightning.mismatch import Anchor
     from cppo_lightning.rollout.stream import RolloutPlan
@@ -55,6 +57,26 @@ def check_same_data(saved: str, fingerprint: str, allow_other_data: bool) -> Non
             f"the checkpoint was trained on problems with the fingerprint {saved}, these have {fingerprint}: restore "
             "data.prompts, data.template and what drops problems, or set data.allow_other_data: true to go on with these"
         )
+
+
+def check_same_on_ranks(fingerprints: Sequence[str]) -> None:
+    """Compare what each rank has read, by rank.
+
+    Raises:
+        ConfigError: one has read other problems than the first, so that their shares would overlap and leave problems out.
+    """
+    for rank, fingerprint in enumerate(fingerprints):
+        if fingerprint != fingerprints[0]:
+            raise ConfigError(
+                f"data.prompts: the problems on rank {rank} have the fingerprint {fingerprint}, those on rank 0 "
+                f"{fingerprints[0]}; give every rank the same files, template and tokenizer"
+            )
+
+
+def drawn_with(plan: RolloutPlan, sampling: Sampling, top_k: int, seed: int) -> dict[str, float]:
+    """What a rollout depends on besides problems and weights: one that was drawn ahead with other settings is of no use."""
+    of_plan = {"prompts": plan.prompts, "samples": plan.samples, "max_refills": plan.max_refills}
+    return {**of_plan, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_k": top_k, "seed": seed}
 
 
 def check_training(plan: RolloutPlan, ranks: int, anchor: Anchor) -> None:

@@ -134,14 +134,10 @@ class RolloutStream:
             generators: states of the random generators that the pass begins with, whatever is drawn until then.
 
         Raises:
-            ConfigError: the hand was dealt to another number of updates.
+            ConfigError: the hand was dealt to another number of updates, or lacks what is read of it.
         """
-        if hand is not None and len(hand.shares) != len(self):
-            raise ConfigError(
-                f"the checkpoint holds the rest of a rollout of {len(hand.shares)} updates, and data.plan.updates is "
-                f"{self.updates}, data.plan.passes {self.passes}: go on with {len(hand.shares)} in all, or from a checkpoint "
-                "between two rollouts"
-            )
+        if hand is not None:
+            self._check(hand)
         self.hand, self._restored, self._generators = hand, hand is not None, generators
 
     def __iter__(self) -> Iterator[RolloutBatch]:
@@ -155,6 +151,27 @@ class RolloutStream:
         assert hand is not None
         for share in hand.shares[hand.trained :]:
             yield self._minibatch(hand, share, recomputed=self.recompute is not None)
+
+    def _check(self, hand: Hand) -> None:
+        """Raise :class:`ConfigError` if the rest of a hand is not what this run would train on."""
+        samples, updates = hand.rollout.samples, len(hand.shares)
+        widths = [0 if s.completion.topk_ids is None else s.completion.topk_ids.shape[1] for s in samples]
+        columns = min(widths, default=self.top_k)  # dealt to many ranks, a hand may be empty
+        trained = [samples[place] for share in hand.shares for place in _places(hand, share)]
+        if updates != len(self):
+            found = f"of {updates} updates, and data.plan.updates is {self.updates}, data.plan.passes {self.passes}"
+            way_out = f"{updates} in all"
+        elif columns < self.top_k:
+            found = f"with the log-probabilities of the top {columns} tokens, and model.trust_region reads the top {self.top_k}"
+            way_out = "the trust region that it was drawn for"
+        elif self.recompute is not None and any(sample.old_logp is None for sample in trained):
+            found, way_out = "that was not recomputed, and model.anchor is recomputed", "the anchor rollout"
+        else:
+            return
+        raise ConfigError(
+            f"the checkpoint holds the rest of a rollout {found}: go on with {way_out}, or from a checkpoint between two "
+            "rollouts"
+        )
 
     def _deal(self, rollout: Rollout) -> Hand:
         groups, rewards = rollout.groups(), reward_table(rollout)

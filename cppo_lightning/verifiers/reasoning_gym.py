@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict, Verifier
 from cppo_lightning.verifiers.normalise import strip_thinking
 
-# Their scorers (reasoning-gym 0.1.25) hand the answer to Python's eval, directly or through SymPy's parse_expr.
+KNOWN = "0.1.25"  # whose scorers have all been run under an audit of what Python compiles
+# Their scorers hand the answer to Python's eval, directly or through SymPy's parse_expr.
 EVALUATES_ANSWERS = frozenset(
     (
         "binary_matrix",
@@ -35,6 +38,25 @@ def refuse_evaluating(task: str) -> None:
         raise ConfigError(
             f"reasoning-gym's scorer of {task!r} executes the answer as Python, so it is refused; take another task"
         )
+
+
+def library() -> ModuleType:
+    """The package reasoning_gym.
+
+    Raises:
+        ConfigError: it is not installed, or is another version, whose scorers may execute answers too.
+    """
+    try:
+        found = version("reasoning-gym")
+        import reasoning_gym
+    except ImportError as error:  # PackageNotFoundError is one
+        raise ConfigError(INSTALL) from error
+    if found != KNOWN:
+        raise ConfigError(
+            f"reasoning-gym {found} is installed, but which scorers execute what a model writes is known of {KNOWN} alone; "
+            f"install it with: pip install 'reasoning-gym=={KNOWN}'"
+        )
+    return reasoning_gym
 
 
 @dataclass(frozen=True)
@@ -103,8 +125,4 @@ class ReasoningGym(Verifier):
 
 @cache
 def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise ConfigError(INSTALL) from error
-    return reasoning_gym.get_score_answer_fn(task)  # pyright: ignore[reportReturnType]
+    return library().get_score_answer_fn(task)
