@@ -30,14 +30,14 @@ from cppo_lightning.observers import GateObserver, NonFiniteObserver, observers
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig, check_attention, check_precision
 from cppo_lightning.ranks import data_share, data_sum
-from cppo_lightning.resume import settle_loops
+from cppo_lightning.resume import check_same_model, settle_loops
 from cppo_lightning.sequences import MicroBatch, micro_batches
-from cppo_lightning.strategies import FSDP2, ReadsShards
+from cppo_lightning.strategies import FSDP2, ReadsShards, check_strategy, gradients_kept_apart
 from cppo_lightning.trust_regions import TrustRegion
 from cppo_lightning.untrusted import check_no_code, refusing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch import Tensor
@@ -113,10 +113,12 @@ class RLVRModule(LightningModule):
         """Runs before any checkpoint is read, and sees to it that none is unpickled, wherever it comes from.
 
         Raises:
-            ConfigError: ``trainer.precision`` that updates would be lost in, or attention that has no gradient on the device.
+            ConfigError: ``trainer.precision`` that updates would be lost in, attention that has no gradient on the device, or a
+                strategy that weights cannot be had from.
         """
         check_precision(self.trainer.precision, self.policy_config.dtype)
         strategy = self.trainer.strategy
+        check_strategy(strategy)
         if stage == "fit":
             check_attention(self.policy_config.attn_implementation, strategy.root_device)
         if not isinstance(strategy.checkpoint_io, ReadsShards):
@@ -137,7 +139,10 @@ class RLVRModule(LightningModule):
         optimizer = self.make_optimizer([p for p in self._policy().parameters() if p.requires_grad])
         if self.make_lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.make_lr_scheduler(optimizer)}
+        schedule = self.make_lr_scheduler(optimizer)
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError("model.lr_scheduler: ReduceLROnPlateau waits for a metric; take one that counts optimizer steps")
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights by Hugging Face name, for a rollout engine."""
@@ -175,7 +180,10 @@ class RLVRModule(LightningModule):
             if batch_idx == 0:  # groups are dealt evenly, so the whole rollout is empty
                 rank_zero_warn("in every group of a rollout all rewards are equal, so it teaches nothing and no step is taken")
             return None
-        mine = torch.stack([self._accumulate(part, totals) for part in self._micro_batches(batch)]).sum(0)
+        *others, last = self._micro_batches(batch)
+        with gradients_kept_apart(self.trainer.strategy):
+            terms = [self._accumulate(part, totals) for part in others]
+        mine = torch.stack([*terms, self._accumulate(last, totals)]).sum(0)
         values = data_sum(self.trainer, mine.clone())
         learning_rate = self._optimizer().param_groups[0]["lr"]
         grad_norm = self._grad_norm()
@@ -299,6 +307,12 @@ class RLVRModule(LightningModule):
         for name in [n for n in weights if n.startswith("reference.")]:
             del weights[name]
         checkpoint["trust_region"] = self.trust_region.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's; raises :class:`ConfigError` for the weights of another model, of all of whose names torch would tell."""
+        if strict:
+            check_same_model(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, strict, assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         settle_loops(checkpoint)

@@ -16,6 +16,7 @@ from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
 _RECORDED = ("cppo-lightning", "torch", "transformers", "vllm")
 
@@ -106,6 +107,17 @@ def settle_loops(checkpoint: dict[str, Any]) -> None:
     for scope, count in (("current", trained), ("total", total)):
         batch[scope] = dict.fromkeys(("ready", "started", "processed", "completed"), count)
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = total
+
+
+def check_same_model(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise :class:`ConfigError` unless a checkpoint's weights have the names and shapes of this run's."""
+    if missing := sorted(wanted.keys() - held.keys()):
+        raise ConfigError(f"ckpt_path: the checkpoint lacks {len(missing)} weights of this run's model, {missing[0]} for one")
+    if surplus := sorted(held.keys() - wanted.keys()):
+        raise ConfigError(f"ckpt_path: the checkpoint is of another model: it has {surplus[0]}, which this one has not")
+    if other := sorted(name for name in wanted if held[name].shape != wanted[name].shape):
+        shapes = list(held[other[0]].shape), list(wanted[other[0]].shape)
+        raise ConfigError(f"ckpt_path: the checkpoint is of another model: {other[0]} is {shapes[0]}, here {shapes[1]}")
 
 
 def _ended(is_last_batch: bool, current: Mapping[str, int]) -> bool:

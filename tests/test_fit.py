@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from cppo_lightning.batch import Gate, RolloutBatch, TokenStats
@@ -333,6 +334,20 @@ def test_learning_rate_schedules_move_with_the_steps(tiny_model_path: Path, tmp_
     module = make_module(tiny_model_path, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, step_size=1, gamma=0.5))
     trainer, _ = fit(tmp_path, module, make_data(tiny_model_path), rollouts=2)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**4)
+
+
+def test_a_schedule_that_waits_for_a_metric_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    module = make_module(tiny_model_path, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(ConfigError, match=r"model\.lr_scheduler: ReduceLROnPlateau waits for a metric"):
+        fit(tmp_path, module, make_data(tiny_model_path), rollouts=1)
+
+
+def test_strategies_that_weights_cannot_be_had_from_are_refused(tiny_model_path: Path, tmp_path: Path) -> None:
+    module = make_module(tiny_model_path)
+    module.trainer = make_trainer(tmp_path, [], strategy=ModelParallelStrategy())
+    with pytest.raises(ConfigError, match=r"trainer\.strategy is Lightning's ModelParallelStrategy"):
+        module.setup("fit")
+    assert module.policy is None  # nothing was loaded
 
 
 def test_gradient_checkpointing_trains_the_same(tiny_model_path: Path, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ class Seen:
     gradients: list[dict[str, Tensor]]  # per update, whole, after clipping
     masks: list[dict[tuple[int, ...], tuple[list[bool], list[float]]]]  # per update: response -> keep, weight
     metrics: list[dict[str, float]]  # per update
+    reductions: list[list[bool]]  # per update: of each micro-batch, whether DDP averages gradients over ranks after it
 
 
 class Notes(Callback):
@@ -70,6 +71,10 @@ class Notes(Callback):
     def __init__(self) -> None:
         self.masks: list[Any] = [{}]
         self.metrics: list[dict[str, float]] = []
+        self.reductions: list[list[bool]] = [[]]
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        self.reductions[-1].append(getattr(trainer.strategy.model, "require_backward_grad_sync", False))
 
     def on_gate(self, trainer: Trainer, pl_module: Any, stats: TokenStats, gate: Gate) -> None:
         for row, mask in enumerate(stats.mask):
@@ -79,6 +84,7 @@ class Notes(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.masks.append({})
+        self.reductions.append([])
         self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
@@ -192,7 +198,7 @@ def train_once(model: str, batches: list[RolloutBatch], case: Case, folder: str)
 
     trainer.fit(module, DataLoader(Shares(), batch_size=None))
     assert trainer.global_step == UPDATES
-    return Seen(made[0].gradients, notes.masks[:UPDATES], notes.metrics)
+    return Seen(made[0].gradients, notes.masks[:UPDATES], notes.metrics, notes.reductions[:UPDATES])
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +255,16 @@ def test_gradients_masks_and_metrics_do_not_depend_on_how_a_batch_is_spread(
     found = on_ranks(ranks, train, str(tiny_model_path), batches, cases, str(tmp_path))
     for i, case in enumerate(cases):
         assert_same([seen[i] for seen in found], expected[case.aggregation], case)
+        if case.strategy is ddp:
+            assert_reduced_once([seen[i] for seen in found], several=case.tokens == 256)
+
+
+def assert_reduced_once(seen: list[Seen], several: bool) -> None:
+    """Gradients go over the network once in each step, after its last micro-batch; ``several``: there are more than one."""
+    for rank in seen:
+        for parts in rank.reductions:
+            assert parts == [False] * (len(parts) - 1) + [True]
+            assert len(parts) > 1 or not several
 
 
 def assert_same(seen: list[Seen], expected: Seen, case: Case) -> None:

@@ -2,5 +2,6 @@
 
 from cppo_lightning.strategies.fsdp2 import FSDP2
 from cppo_lightning.strategies.sharded_checkpoint import ReadsShards
+from cppo_lightning.strategies.supported import check_strategy, gradients_kept_apart
 
-__all__ = ["FSDP2", "ReadsShards"]
+__all__ = ["FSDP2", "ReadsShards", "check_strategy", "gradients_kept_apart"]
