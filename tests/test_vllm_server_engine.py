@@ -263,7 +263,7 @@ class TestServersThatFail:
         (tmp_path / "stale").touch()
         engine.load_weights(model.named_parameters(), 1)
         engine.patience = Patience(start=0.1, stall=3)  # for the right weights, of a server that is up
-        with pytest.raises(RolloutError, match=r"has the weights '\w+/0', not '\w+/1'"):
+        with pytest.raises(RolloutError, match=r"has the weights '\w+/0', not '\w+/1', and has not for 3\.1 s"):
             engine.generate(self.prompts(), 1, self.SAMPLING)
 
     def test_a_full_disk(
@@ -313,13 +313,23 @@ class TestServersThatFail:
         assert threading.active_count() == before
         assert len(engine.generate(self.prompts(), 1, self.SAMPLING)) == 12
 
-    def test_no_orphans(self, fakes: Callable[..., VLLMServerEngine], tiny_model_path: Path, tmp_path: Path) -> None:
-        engine = fakes(servers=2)
+    def test_no_orphans(
+        self,
+        fakes: Callable[..., VLLMServerEngine],
+        model: PreTrainedModel,
+        tiny_model_path: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        engine = fakes(servers=2, weights_folder="~/folder")
         engine.start(str(tiny_model_path))
+        engine.load_weights(model.named_parameters(), 1)
         groups = [group_of(engine, 0), group_of(engine, 1)]
         assert not any(map(is_empty, groups))
         engine.close()
         engine.close()
+        assert (engine.version, engine.checksums()) == (-1, None), "it has no weights any more"
         assert eventually(lambda: all(map(is_empty, groups)))
         assert list((tmp_path / "folder").iterdir()) == []
 

@@ -105,7 +105,7 @@ class RolloutEngine(ABC):
     @property
     @abstractmethod
     def version(self) -> int:
-        """``version`` of the last ``load_weights``; -1 before the first."""
+        """``version`` of the last ``load_weights`` since ``start``; -1 before the first."""
 
     @abstractmethod
     def generate(
@@ -129,7 +129,7 @@ class RolloutEngine(ABC):
         """
 
     def checksums(self) -> Mapping[str, int] | None:
-        """Checksum by Hugging Face name of each parameter as it was last received (``rollout.checksums``), after the cast to
+        """Checksum by Hugging Face name of each parameter as it was last received (``engines.checksums``), after the cast to
         the engine's ``dtype``; None when the engine cannot tell."""
         return None
 

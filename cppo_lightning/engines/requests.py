@@ -1,20 +1,27 @@
-"""What both engines settle alike: whether a request is possible, where responses end, their order, complete weights."""
+"""What all engines settle alike: dtypes, possible requests, where responses end, their order, complete weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import nn
 
 from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.policy_config import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig, PretrainedConfig
 
     from cppo_lightning.engines.engine import Completion, OnCompletion, Sampling
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise :class:`ConfigError` unless ``dtype`` is one that a policy may have too."""
+    if dtype not in get_args(DType):
+        raise ConfigError(f"engine.dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}")
 
 
 def read_config(model: str) -> PretrainedConfig:

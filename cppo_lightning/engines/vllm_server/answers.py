@@ -13,6 +13,7 @@ import numpy as np
 
 from cppo_lightning.engines.engine import Completion, Sampling
 from cppo_lightning.engines.vllm.capture import LogProbs, completion_of
+from cppo_lightning.engines.vllm.settings import sampling_params
 from cppo_lightning.errors import RolloutError
 
 PATH = "/cppo/generate"
@@ -27,13 +28,7 @@ def request_body(
         "token_ids": list(prompt),
         "sampling_params": {
             "n": n,
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "stop_token_ids": eos,
-            "logprobs": top_logprobs,
+            **sampling_params(sampling, top_logprobs, eos),
             "seed": int.from_bytes(digest, "big") >> 2,  # vLLM adds the sample's number, and takes an int64
             "detokenize": False,
         },

@@ -54,7 +54,7 @@ class VLLMServerEngine(RolloutEngine):
 
     Args:
         servers: how many to start on this machine.
-        urls: addresses of servers that run elsewhere, instead; README says how to start them.
+        urls: addresses of servers that run elsewhere, instead; docs/engines.md says how to start them.
         host: address that servers started here bind; all but loopback needs an API key.
         dtype: dtype of the sampling weights; float32 is the honest choice for small models on a CPU.
         max_top_logprobs: largest K of top-K log-probabilities that may be asked for.
@@ -158,7 +158,7 @@ class VLLMServerEngine(RolloutEngine):
     def _start_fleet(self, model: str) -> tuple[list[str], str, str, dict[str, int]]:
         """On rank 0: the servers' addresses and key, this run's name, and what requests are limited to."""
         run = secrets.token_hex(4)
-        folder = Path(self.weights_folder or tempfile.gettempdir()) / f"vllm-{run}"
+        folder = Path(self.weights_folder or tempfile.gettempdir()).expanduser() / f"vllm-{run}"
         folder.mkdir(parents=True, mode=0o700 if self.urls is None else 0o755)
         key = os.environ.get(self.api_key_env) or secrets.token_urlsafe(32)
         places = self.urls or [
@@ -250,6 +250,7 @@ class VLLMServerEngine(RolloutEngine):
         if self._fleet is not None:
             self._fleet.close()
         self._fleet, self._servers = None, []
+        self._version, self._label, self._checksums = -1, None, None
 
     def _started(self) -> None:
         if not self._servers:

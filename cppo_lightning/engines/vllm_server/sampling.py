@@ -92,7 +92,8 @@ class _Rollout:
     async def _back(self, server: Server) -> None:
         """Wait until ``server`` is there with the right weights."""
         clock, pause = asyncio.get_running_loop().time, 0.25
-        deadline = clock() + self._patience.start + self._patience.stall
+        limit = self._patience.start + self._patience.stall
+        deadline = clock() + limit
         while True:
             self._check()
             try:
@@ -100,7 +101,7 @@ class _Rollout:
             except ServerAwayError as error:
                 if clock() > deadline:
                     advice = "start it again, then resume the run from its last checkpoint"
-                    raise RolloutError(f"{error}, and has not for {deadline:.0f} s; {advice}") from error
+                    raise RolloutError(f"{error}, and has not for {limit:g} s (engine.patience); {advice}") from error
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
