@@ -110,6 +110,11 @@ class TokenStats:
         """rho_t = pi(y_t | s_t) / mu(y_t | s_t), ``[B, T]``, 1 where masked."""
         return (self.logp - self.rollout_logp).masked_fill(~self.mask, 0.0).exp()
 
+    @property
+    def toward(self) -> Tensor:
+        """``[B, T]`` bool, whether the token's update pulls pi back to mu: A_t (rho_t - 1) <= 0; False where masked."""
+        return (self.ratio - 1).mul_(self.advantages).le(0).logical_and_(self.mask)
+
 
 @dataclass(frozen=True)
 class Gate:

@@ -143,7 +143,7 @@ def mask_totals(stats: TokenStats, gate: Gate, bins: int) -> Totals:
     dropped = mask & ~gate.keep
     toward = gate.diagnostics.get("toward")
     if toward is None:
-        toward = stats.advantages * (stats.ratio - 1) <= 0
+        toward = stats.toward
     totals: dict[str, tuple[Tensor | float, Tensor | float]] = {
         "mask/rate": masked_total(dropped, mask),
         "mask/toward": masked_total(toward, mask),

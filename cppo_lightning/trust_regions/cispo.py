@@ -51,13 +51,13 @@ class CISPO(TrustRegion):
         return stats.ratio
 
     def __call__(self, stats: TokenStats) -> Gate:
-        mask, advantages = stats.mask, stats.advantages
+        mask = stats.mask
         weight = self.importance(stats).clamp(self.min_weight, self.max_weight).masked_fill(~mask, 0.0)
         return Gate(
             weight=weight,
             keep=mask,
             diagnostics={
-                "toward": (advantages * (stats.ratio - 1) <= 0) & mask,
-                "surrogate": (weight * advantages * stats.logp).masked_fill(~mask, 0.0),
+                "toward": stats.toward,
+                "surrogate": (weight * stats.advantages * stats.logp).masked_fill(~mask, 0.0),
             },
         )

@@ -102,8 +102,7 @@ class CPPO(TrustRegion):
             allowed = (delta_b[:, None] * _prefix_sums(weight)[1]).add_(self.delta)  # what S_t may be: delta + delta_b W_{t-1}
         threshold = (allowed - spent_before).clamp_(max=self.delta)  # c_t
 
-        ratio = stats.ratio
-        toward = (ratio - 1).mul_(stats.advantages).le(0).logical_and_(mask)  # the update pulls pi back to mu
+        ratio, toward = stats.ratio, stats.toward
         dropped = (weighted > threshold).logical_and_(mask).logical_and_(~toward)
         by_position = (weighted > self.delta).logical_and_(dropped)
         diagnostics = {

@@ -50,7 +50,7 @@ class DPPO(TrustRegion):
     def __call__(self, stats: TokenStats) -> Gate:
         ratio, mask = stats.ratio, stats.mask
         divergence = self.divergence(stats)
-        toward = (stats.advantages * (ratio - 1) <= 0) & mask
+        toward = stats.toward
         keep = mask & (toward | (divergence <= self.delta))
         diagnostics = {"divergence": divergence, "toward": toward}
         if self.top_k:

@@ -59,7 +59,7 @@ class GSPO(TrustRegion):
             weight=whole.expand_as(ratio).masked_fill(~keep, 0.0),
             keep=keep,
             diagnostics={
-                "toward": (advantages * (ratio - 1) <= 0) & mask,
+                "toward": stats.toward,
                 "clipped_high": clipped_high,
                 "clipped_low": clipped_low,
                 "rejected": clipped.any(-1),

@@ -61,7 +61,7 @@ class PPOClip(TrustRegion):
             weight=ratio * keep,
             keep=keep,
             diagnostics={
-                "toward": (advantages * (ratio - 1) <= 0) & mask,
+                "toward": stats.toward,
                 "clipped_high": clipped_high,
                 "clipped_low": clipped_low,
                 "dual_clipped": dual_clipped,

@@ -50,7 +50,7 @@ class SAPO(TrustRegion):
             weight=(4 * odds * soft.square() * ratio).masked_fill(~mask, 0.0),
             keep=mask,
             diagnostics={
-                "toward": (advantages * (ratio - 1) <= 0) & mask,
+                "toward": stats.toward,
                 "surrogate": (4 / tau * soft * advantages).masked_fill(~mask, 0.0),
             },
         )

@@ -64,7 +64,7 @@ class TRM(TrustRegion):
         keep = mask & ~rejected[:, None]
         diagnostics = {
             "divergence": divergence,
-            "toward": (stats.advantages * (ratio - 1) <= 0) & mask,
+            "toward": stats.toward,
             "rejected": rejected,
         }
         if self.top_k:
