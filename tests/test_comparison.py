@@ -16,7 +16,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from benchmarks.comparison.__main__ import main
+from benchmarks.comparison.__main__ import PAGE, main
 from benchmarks.comparison.cost import Cost, Times, cost_of
 from benchmarks.comparison.grid import REPOSITORY, STUDY, Run, load_study
 from benchmarks.comparison.one_run import settings
@@ -92,17 +92,17 @@ class TestSweep:
             assert np.isfinite(result.curves["budget/spent_mean"][0]) == (result.run.method == "cppo")
 
     def test_the_report_is_of_these_results(self, sweeps: Path, tmp_path: Path) -> None:
-        (tmp_path / "comparison.md").write_text((REPOSITORY / "docs" / "comparison.md").read_text())
-        written = write_report(load_study(sweeps / "study.yaml"), sweeps / "alone" / "results.parquet", tmp_path)
-        page = (tmp_path / "comparison.md").read_text()
-        assert "### chain, learning rate 0.01, reuse 2" in page
-        assert "All 4 declared runs are in" in page
-        assert [file.name for file in written] == [
-            "comparison.md",
-            "comparison.png",
-            *(f"comparison-chain-{n}.png" for n in ("accuracy", "masks", "budget")),
-        ]
-        assert all(file.read_bytes()[:4] == b"\x89PNG" for file in written[1:])
+        study, results = load_study(sweeps / "study.yaml"), sweeps / "alone" / "results.parquet"
+        (tmp_path / "comparison.md").write_text(PAGE.read_text())
+        for name in ("comparison", "begun"):  # on the committed page, and on one that is begun
+            written = write_report(study, results, tmp_path / f"{name}.md")
+            page = (tmp_path / f"{name}.md").read_text()
+            assert "### chain, learning rate 0.01, reuse 2" in page
+            assert "All 4 declared runs are in" in page
+            pictures = [f"{name}.png", *(f"{name}-chain-{n}.png" for n in ("accuracy", "masks", "budget"))]
+            assert [file.name for file in written] == [f"{name}.md", *pictures]
+            assert all(file.read_bytes()[:4] == b"\x89PNG" for file in written[1:])
+            assert all(f"]({picture})" in page for picture in pictures)
 
     def test_results_are_equal_or_said_where_not(self, sweeps: Path) -> None:
         first, _, other, *_ = read(sweeps / "alone" / "results.parquet")

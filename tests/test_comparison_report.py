@@ -9,9 +9,9 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from benchmarks.comparison.__main__ import RESULTS
+from benchmarks.comparison.__main__ import PAGE, RESULTS
 from benchmarks.comparison.cost import cost_of
-from benchmarks.comparison.grid import REPOSITORY, Cell, Run, load_study
+from benchmarks.comparison.grid import Cell, Run, load_study
 from benchmarks.comparison.outcomes import by_cell, outcome, stability, unpaired
 from benchmarks.comparison.pairs import LEVEL, beyond_chance, expanded, mean_of, paired, pairs, separates
 from benchmarks.comparison.report import of_results, replaced, write_report
@@ -127,7 +127,7 @@ class TestPairs:
 class TestReport:
     @pytest.mark.skipif(not RESULTS.exists(), reason="the study's results are not committed")
     def test_the_page_is_of_the_committed_results(self) -> None:
-        page = (REPOSITORY / "docs" / "comparison.md").read_text()
+        page = PAGE.read_text()
         for name, part in of_results(load_study(), read(RESULTS), cost_of(RESULTS)).items():
             assert replaced(page, name, part) == page, name
 
@@ -174,7 +174,7 @@ class TestReport:
     def test_runs_that_are_not_declared_are_refused(self, tmp_path: Path) -> None:
         study, strange = load_study(save(SMALL, tmp_path)), Run("chain", "cppo", 1e-2, 2, 3)
         with pytest.raises(ConfigError, match="has 1 runs that --study does not declare, the first of them chain/cppo"):
-            write_report(study, table_of([*DECLARED, strange], tmp_path), tmp_path)
+            write_report(study, table_of([*DECLARED, strange], tmp_path), tmp_path / "page.md")
         (tmp_path / "results.json").unlink()
         with pytest.raises(ConfigError, match=r"needs the \.json"):
             cost_of(tmp_path / "results.parquet")

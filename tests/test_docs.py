@@ -257,6 +257,11 @@ def test_messages_are_those_of_the_program(message: str, capsys: pytest.CaptureF
     assert capsys.readouterr().err.splitlines()[-1].startswith(shown)
 
 
+def test_the_sites_start_is_readme() -> None:
+    """And not a copy of it, which would stay as it was."""
+    assert (DOCS / "readme.md").resolve() == REPOSITORY / "README.md"
+
+
 def test_links_lead_somewhere() -> None:
     """On a disk, where a site's own checks do not look; and not through the linked folders, which only the site follows."""
     broken = []

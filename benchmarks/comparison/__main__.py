@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.comparison.results import Result
 
 RESULTS = Path(__file__).with_name("results.parquet")
+PAGE = REPOSITORY / "docs" / "comparison.md"
 FOLDER = REPOSITORY / "build" / "comparison"
 
 
@@ -46,10 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="the results that there are by now, as one table for the report")
     for command in (run, collect):
         command.add_argument("--folder", type=Path, default=FOLDER, help="where runs leave what they leave")
-    report = commands.add_parser("report", help="the tables and pictures of docs/comparison.md")
+    report = commands.add_parser("report", help="the tables and pictures of a study's page")
     for command in (collect, report):
         command.add_argument("--results", type=Path, default=RESULTS)
-    report.add_argument("--docs", type=Path, default=REPOSITORY / "docs", help="the folder of comparison.md")
+    report.add_argument(
+        "--page", type=Path, default=PAGE, help="Markdown, renewed between its markers; begun if it is not there"
+    )
     for command in (run, collect, report):
         command.add_argument("--study", type=Path, default=STUDY, help="the YAML file that declares the grid")
     return parser
@@ -125,7 +128,7 @@ def _collect(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from benchmarks.comparison.report import write_report
 
-    for file in write_report(load_study(options.study), options.results, options.docs):
+    for file in write_report(load_study(options.study), options.results, options.page):
         print(file)
     return 0
 

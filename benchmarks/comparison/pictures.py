@@ -1,4 +1,4 @@
-"""The pictures of docs/comparison.md, in the style of the project's other ones."""
+"""The pictures of a study's page, in the style of the project's other ones."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ COLUMNS = 6
 Panels = Mapping[Cell, Mapping[str, Sequence[Result]]]  # cell -> method -> one of each seed
 
 
-def pictures(study: Study, results: Sequence[Result], cells: Cells, docs: Path) -> dict[Path, str]:
+def pictures(study: Study, results: Sequence[Result], cells: Cells, page: Path) -> dict[Path, str]:
     """Draw, for each task, accuracy over rollouts, and for its cells that separate the methods where tokens are dropped and
-    how much of the budget is spent; returns the files with their titles."""
+    how much of the budget is spent; returns the files, which lie beside the page, with their titles."""
     written: dict[Path, str] = {}
     for task in dict.fromkeys(cell.task for cell in cells):
         own = [cell for cell in cells if cell.task == task]
@@ -56,7 +56,7 @@ def pictures(study: Study, results: Sequence[Result], cells: Cells, docs: Path) 
         if (budget := draw_budget(panels(results, parted))) is not None:
             drawn["budget"] = budget
         for name, figure in drawn.items():
-            file = docs / f"comparison-{task.replace('_', '-')}-{name}.png"
+            file = page.with_name(f"{page.stem}-{task.replace('_', '-')}-{name}.png")
             written[file] = f"{task}: {figure.get_suptitle()}"
             to_png(figure, file)
     return written

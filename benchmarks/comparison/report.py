@@ -1,9 +1,9 @@
-"""docs/comparison.md: the tables between its markers, and the pictures beside it."""
+"""A study's page, such as docs/comparison.md: the tables between its markers, and the pictures beside it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.comparison.cost import Cost, cost_of
@@ -14,12 +14,11 @@ from benchmarks.comparison.tables import tables
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.untrusted import whole_file
 
-PAGE = "comparison.md"
 _MARKED = "<!-- made by python -m benchmarks.comparison report: {} -->"
 
 
-def write_report(study: Study, results_file: Path, docs: Path) -> list[Path]:
-    """Renew the page's tables and pictures; returns the files written.
+def write_report(study: Study, results_file: Path, page: Path) -> list[Path]:
+    """Renew the page's tables and pictures, or begin a page; returns the files written.
 
     Raises:
         ConfigError: results that cannot be read, that are of a run which the study does not declare, or whose runs are not
@@ -32,13 +31,12 @@ def write_report(study: Study, results_file: Path, docs: Path) -> list[Path]:
     results = read(results_file)
     parts = of_results(study, results, cost_of(results_file))
     cells = _cells(study, results)
-    overview = docs / "comparison.png"
+    overview = page.with_suffix(".png")
     to_png(draw_overview(study, cells), overview)
     parts["overview"] = f"![Final accuracy of every run, by cell and method]({overview.name})"
-    drawn = pictures(study, results, cells, docs)
+    drawn = pictures(study, results, cells, page)
     parts["pictures"] = "\n\n".join(f"![{words}]({file.name})" for file, words in drawn.items())
-    page = docs / PAGE
-    text = page.read_text() if page.exists() else ""
+    text = page.read_text() if page.exists() else new_page(parts)
     for name, part in parts.items():
         text = replaced(text, name, part)
     with whole_file(page) as file:
@@ -65,6 +63,12 @@ def _cells(study: Study, results: Sequence[Result]) -> Cells:
     return {cell: found[cell] for cell in study.cells if cell in found}
 
 
+def new_page(parts: Iterable[str]) -> str:
+    """With a place for each part."""
+    places = ("\n\n".join(_MARKED.format(f"{name}{edge}") for edge in ("", ", end")) for name in parts)
+    return "\n\n".join(["# A comparison of trust regions", *places]) + "\n"
+
+
 def replaced(page: str, name: str, part: str) -> str:
     """The page with ``part`` between the two markers called ``name``.
 
@@ -73,5 +77,5 @@ def replaced(page: str, name: str, part: str) -> str:
     """
     begin, end = (_MARKED.format(f"{name}{edge}") for edge in ("", ", end"))
     if begin not in page or end not in page:
-        raise ConfigError(f"{PAGE} has no place for {name}: it needs the lines {begin!r} and {end!r}")
+        raise ConfigError(f"the page has no place for {name}: it needs the lines {begin!r} and {end!r}")
     return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n\n{part}\n\n{end}", page, flags=re.DOTALL)
