@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from benchmarks.comparison.__main__ import PAGE, main
+from benchmarks.comparison.__main__ import PAGE, main, parser
 from benchmarks.comparison.cost import Cost, Times, cost_of
 from benchmarks.comparison.grid import REPOSITORY, STUDY, Run, load_study
 from benchmarks.comparison.one_run import settings
@@ -25,6 +26,7 @@ from benchmarks.comparison.recorder import RunRecorder
 from benchmarks.comparison.report import write_report
 from benchmarks.comparison.results import EVALUATION, FINISHED, Part, Result, assemble, difference, read
 from benchmarks.comparison.sweep import Sweep
+from cppo_lightning.cli import main as command_line
 from cppo_lightning.errors import ConfigError, RolloutError
 from tests.documents import blocks_of, files_of
 from tests.known_study import DECLARED, DEFINITIONS, SMALL, save, table_of
@@ -288,6 +290,29 @@ class TestCommands:
             config.write_text(text)
             places.append(Sweep(study, tmp_path, [0]).place(DECLARED[0]).folder)
         assert places[0] == places[1] != places[2]
+
+    def test_documented_commands_are_understood(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Down to their runs, files and options of ``fit``, where they would begin to run for minutes."""
+        docs = [(REPOSITORY / "docs" / name).read_text() for name in ("comparison.md", "howto/own_trust_region.md")]
+        commands = [shlex.split(line) for text in docs for line in re.findall(r"^python -m .*", text, re.MULTILINE)]
+        assert len(commands) == 10
+        for words in (words[3:] for words in commands if words[2] == "benchmarks.comparison"):
+            options = parser().parse_args(words)
+            if options.command == "run" and options.method != ["drift_cap"]:  # which a reader declares first
+                runs = load_study(options.study).chosen(**{name: getattr(options, name) for name in Run._fields})
+                assert not options.against or {run.name for run in runs} <= {
+                    result.run.name for result in read(options.against)
+                }
+                parsed = ["--config", "configs/chain/chain_16.yaml", *options.options]
+                with pytest.raises(SystemExit) as end:
+                    command_line(["fit", *parsed, "--print_config"])
+                assert end.value.code in (0, None)
+        for words in (words[3:] for words in commands if words[2] == "cppo_lightning"):
+            configs = [Path(words[i + 1]) for i, word in enumerate(words) if word == "--config"]
+            assert words[0] in ("fit", "replay")
+            assert configs
+            assert all((REPOSITORY / config).is_file() for config in configs)
+        capsys.readouterr()
 
     def test_what_there_is_nothing_to_compare_with_does_not_run(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run = ["run", "--study", str(done / "study.yaml"), "--folder", str(done / "new"), "--against"]

@@ -22,7 +22,7 @@ FOLDER = REPOSITORY / "build" / "comparison"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return {"run": _run, "collect": _collect, "report": _report}[options.command](options)
     except ConfigError as error:
@@ -33,9 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.comparison", description="Does the trust region matter?")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Of the three commands."""
+    made = argparse.ArgumentParser("python -m benchmarks.comparison", description="Does the trust region matter?")
+    commands = made.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="the runs of the grid, or some of them, that have no result yet")
     for name, kind in (("task", str), ("method", str), ("learning-rate", float), ("reuse", int), ("seed", int)):
         run.add_argument(f"--{name}", type=kind, nargs="+", help="only the runs with these")
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (run, collect, report):
         command.add_argument("--study", type=Path, default=STUDY, help="the YAML file that declares the grid")
-    return parser
+    return made
 
 
 def _run(options: argparse.Namespace) -> int:
