@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ class ProgressDisplay:
         self.console = Console()
         self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._live: Live | None = None
+        self._printed = time.monotonic()
         # FORCE_COLOR makes rich take a file for a terminal
         if self.console.is_terminal and not self.console.is_dumb_terminal and self.console.file.isatty():
             old_streams = (sys.stdout, sys.stderr)
@@ -38,8 +40,14 @@ class ProgressDisplay:
         """Whether the line is redrawn in place."""
         return self._live is not None
 
+    @property
+    def silence(self) -> float:
+        """Seconds since the last line of text, or the start."""
+        return time.monotonic() - self._printed
+
     def print(self, text: str) -> None:
         """One line of text, above the moving line if there is one."""
+        self._printed = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         self.console.file.flush()
 

@@ -1,4 +1,4 @@
-"""The run on one line: in a terminal it moves, in a log file there is one line per rollout and one per evaluation."""
+"""The run on one line: it moves in a terminal, and in a log file there is one per rollout and evaluation, and one a minute."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ class RolloutProgress(ProgressBar):
 
     Args:
         refresh_per_second: how often the line is drawn in a terminal.
+        silent_seconds: after which a log file gets a line in the middle of a rollout or of an evaluation, at its next batch.
 
     Raises:
-        ConfigError: ``refresh_per_second`` not above 0.
+        ConfigError: an argument not above 0.
     """
 
-    def __init__(self, refresh_per_second: float = 4.0) -> None:
+    def __init__(self, refresh_per_second: float = 4.0, silent_seconds: float = 60.0) -> None:
         super().__init__()
-        if refresh_per_second <= 0:
-            raise ConfigError(f"RolloutProgress.refresh_per_second must be above 0 (usual: 4), got {refresh_per_second}")
+        for name, value, usual in (("refresh_per_second", refresh_per_second, 4), ("silent_seconds", silent_seconds, 60)):
+            if value <= 0:
+                raise ConfigError(f"RolloutProgress.{name} must be above 0 (usual: {usual}), got {value}")
         self.refresh_per_second = refresh_per_second
+        self.silent_seconds = silent_seconds
         self.is_enabled = True
         self._display: ProgressDisplay | None = None
         self._line = ProgressLine()
@@ -86,6 +89,7 @@ class RolloutProgress(ProgressBar):
         """Runs before each update, when the rollout has been sampled and judged."""
         total = self.total_train_batches
         self._set(trainer, phase=f"update {batch_idx + 1}/{total}", within=batch_idx / total)
+        self._break_silence()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
@@ -112,6 +116,7 @@ class RolloutProgress(ProgressBar):
         """Runs before each batch of held-out problems (``EvalAccuracy`` calls it)."""
         self._start()
         self._set(trainer, phase=f"eval {dataset} {done}/{total}")
+        self._break_silence()
 
     def on_evaluation_end(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         """Runs after each evaluation (``EvalAccuracy`` calls it)."""
@@ -190,6 +195,8 @@ class RolloutProgress(ProgressBar):
     def _end_batch(self, trainer: Trainer) -> None:
         self._unit_started = time.monotonic()
         self._set(trainer, done=self._line.done + 1)
+        if self._line.total is None or self._line.done < self._line.total:
+            self._break_silence()
 
     def _end_pass(self) -> None:
         self._line = replace(self._line, phase=f"{self._line.phase}: done")
@@ -204,6 +211,10 @@ class RolloutProgress(ProgressBar):
         """A line of the log, where there is no moving line that shows the same."""
         if self._display is not None and not self._display.moves:
             self._display.print(text)
+
+    def _break_silence(self) -> None:
+        if self._display is not None and self._display.silence >= self.silent_seconds:
+            self._write(self._timed().plain())
 
     def _timed(self) -> ProgressLine:
         """The line with the time that has passed and that is left, if the finished units are like those to come."""

@@ -95,6 +95,20 @@ def test_other_commands_have_a_simple_line(tmp_path: Path, capsys: pytest.Captur
     assert re.search(rf"^batch {UPDATES}/{UPDATES} \| {word}: done \| 0:00 elapsed$", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("silent_seconds", "lines"), [(1e-9, UPDATES), (60.0, 1)])
+def test_a_log_file_is_not_left_without_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], silent_seconds: float, lines: int
+) -> None:
+    """After so many seconds the next batch writes one."""
+    run = trainer(tmp_path, [RolloutProgress(silent_seconds=silent_seconds)], limit_val_batches=1.0)
+    run.validate(Module(), datamodule=Data(OUTCOMES))
+    assert len(re.findall(rf"^batch \d/{UPDATES} \| validating", capsys.readouterr().out, re.MULTILINE)) == lines
+    run = trainer(tmp_path, [*callbacks()[:-1], RolloutProgress(silent_seconds=silent_seconds)], rollouts=1)
+    run.fit(Module(), datamodule=Data(OUTCOMES))
+    said = capsys.readouterr().out
+    assert ("rollout 1/1 | update 1/" in said) == ("eval sums 0/" in said) == (lines > 1)
+
+
 def test_a_disabled_bar_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bar = RolloutProgress()
     bar.disable()
