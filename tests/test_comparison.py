@@ -293,9 +293,10 @@ class TestCommands:
 
     def test_documented_commands_are_understood(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Down to their runs, files and options of ``fit``, where they would begin to run for minutes."""
-        docs = [(REPOSITORY / "docs" / name).read_text() for name in ("comparison.md", "howto/own_trust_region.md")]
+        pages = ("comparison.md", "comparison-probes.md", "howto/own_trust_region.md")
+        docs = [(REPOSITORY / "docs" / name).read_text() for name in pages]
         commands = [shlex.split(line) for text in docs for line in re.findall(r"^python -m .*", text, re.MULTILINE)]
-        assert len(commands) == 10
+        assert len(commands) == 11
         for words in (words[3:] for words in commands if words[2] == "benchmarks.comparison"):
             options = parser().parse_args(words)
             if options.command == "run" and options.method != ["drift_cap"]:  # which a reader declares first

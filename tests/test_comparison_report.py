@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.comparison.__main__ import PAGE, RESULTS
 from benchmarks.comparison.cost import cost_of
-from benchmarks.comparison.grid import Cell, Run, load_study
+from benchmarks.comparison.grid import STUDY, Cell, Run, load_study
 from benchmarks.comparison.outcomes import by_cell, outcome, stability, unpaired
 from benchmarks.comparison.pairs import LEVEL, beyond_chance, expanded, mean_of, paired, pairs, separates
 from benchmarks.comparison.report import of_results, replaced, write_report
@@ -20,6 +20,7 @@ from benchmarks.comparison.tables import tables
 from cppo_lightning.errors import ConfigError
 from tests.known_study import COST, DECLARED, DEFINITIONS, SMALL, outcomes, result_of, save, table_of
 
+PROBES = RESULTS.parent / "probes"
 CELL = Cell("chain", 1e-4, 2)
 
 
@@ -125,11 +126,18 @@ class TestPairs:
 
 
 class TestReport:
-    @pytest.mark.skipif(not RESULTS.exists(), reason="the study's results are not committed")
-    def test_the_page_is_of_the_committed_results(self) -> None:
-        page = PAGE.read_text()
-        for name, part in of_results(load_study(), read(RESULTS), cost_of(RESULTS)).items():
-            assert replaced(page, name, part) == page, name
+    @pytest.mark.parametrize(
+        ("study", "results", "page"),
+        [
+            (STUDY, RESULTS, PAGE),
+            (PROBES / "probes.yaml", PROBES / "results.parquet", PAGE.with_stem("comparison-probes")),
+        ],
+        ids=["study", "probes"],
+    )
+    def test_the_page_is_of_the_committed_results(self, study: Path, results: Path, page: Path) -> None:
+        text = page.read_text()
+        for name, part in of_results(load_study(study), read(results), cost_of(results)).items():
+            assert replaced(text, name, part) == text, name
 
     def test_tables_by_hand(self, tmp_path: Path) -> None:
         study = load_study(save(SMALL, tmp_path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.comparison.cost import Cost, cost_of
@@ -14,6 +14,14 @@ from benchmarks.comparison.tables import tables
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.untrusted import whole_file
 
+_SECTIONS = {  # of a page that is begun
+    "cost": "How much has run",
+    "overview": "Every run",
+    "stable": "Which learning rates are stable",
+    "cells": "Accuracy",
+    "pairs": "Every pair of methods",
+    "pictures": "Pictures",
+}
 _MARKED = "<!-- made by python -m benchmarks.comparison report: {} -->"
 
 
@@ -36,7 +44,7 @@ def write_report(study: Study, results_file: Path, page: Path) -> list[Path]:
     parts["overview"] = f"![Final accuracy of every run, by cell and method]({overview.name})"
     drawn = pictures(study, results, cells, page)
     parts["pictures"] = "\n\n".join(f"![{words}]({file.name})" for file, words in drawn.items())
-    text = page.read_text() if page.exists() else new_page(parts)
+    text = page.read_text() if page.exists() else new_page()
     for name, part in parts.items():
         text = replaced(text, name, part)
     with whole_file(page) as file:
@@ -63,9 +71,9 @@ def _cells(study: Study, results: Sequence[Result]) -> Cells:
     return {cell: found[cell] for cell in study.cells if cell in found}
 
 
-def new_page(parts: Iterable[str]) -> str:
-    """With a place for each part."""
-    places = ("\n\n".join(_MARKED.format(f"{name}{edge}") for edge in ("", ", end")) for name in parts)
+def new_page() -> str:
+    """With a section and a place for each part."""
+    places = [f"## {title}\n\n{_MARKED.format(name)}\n\n{_MARKED.format(f'{name}, end')}" for name, title in _SECTIONS.items()]
     return "\n\n".join(["# A comparison of trust regions", *places]) + "\n"
 
 
