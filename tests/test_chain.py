@@ -295,7 +295,7 @@ def in_numbers(operations: int, name: str = "chain_16") -> str:
 def test_configs_for_longer_chains_differ_in_what_length_changes(operations: int) -> None:
     """As many slips in a chain, and a first half of chains that are no longer than those of 16."""
     # runs of longer answers are shorter, and evaluated more often
-    often = in_numbers(operations).replace("every_n_rollouts: 10", f"every_n_rollouts: {5 if operations == 64 else 3}")
+    often = in_numbers(operations).replace("every_n_rollouts: 10", f"every_n_rollouts: {3 if operations == 64 else 2}")
     assert read(f"chain/chain_{operations}") == yaml.safe_load(often)
     start, shortest = read(f"chain/pretrain_{operations}"), read("chain/pretrain_16")
     slip = shortest["slip"] * 16 / operations
