@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -109,14 +109,18 @@ def settle_loops(checkpoint: dict[str, Any]) -> None:
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = total
 
 
-def check_same_model(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise :class:`ConfigError` unless a checkpoint's weights have the names and shapes of this run's."""
-    if missing := sorted(wanted.keys() - held.keys()):
+def check_same_model(held: Mapping[str, torch.Size], weights: Mapping[str, Tensor], needed: Collection[str]) -> None:
+    """Compare the shapes of a checkpoint's weights by name with this run's ``weights``.
+
+    Raises:
+        ConfigError: the checkpoint lacks one that is ``needed``, or has one that this model has not, or not in that shape.
+    """
+    if missing := sorted(set(needed) - held.keys()):
         raise ConfigError(f"ckpt_path: the checkpoint lacks {len(missing)} weights of this run's model, {missing[0]} for one")
-    if surplus := sorted(held.keys() - wanted.keys()):
+    if surplus := sorted(held.keys() - weights.keys()):
         raise ConfigError(f"ckpt_path: the checkpoint is of another model: it has {surplus[0]}, which this one has not")
-    if other := sorted(name for name in wanted if held[name].shape != wanted[name].shape):
-        shapes = list(held[other[0]].shape), list(wanted[other[0]].shape)
+    if other := sorted(name for name in held if held[name] != weights[name].shape):
+        shapes = list(held[other[0]]), list(weights[other[0]].shape)
         raise ConfigError(f"ckpt_path: the checkpoint is of another model: {other[0]} is {shapes[0]}, here {shapes[1]}")
 
 

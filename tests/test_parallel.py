@@ -393,7 +393,7 @@ def refused_on_load(model: str, folder: str, message: str) -> None:
 
 def test_other_checkpoints_are_refused(half: tuple[Path, Any], tiny_model_path: Path, moe_path: Path, tmp_path: Path) -> None:
     model, folder = str(tiny_model_path), shutil.copytree(half[0], tmp_path / "half.ckpt")
-    on_ranks(1, refused_on_load, str(moe_path), str(tmp_path), "lacks .* tensors of this run")
+    on_ranks(1, refused_on_load, str(moe_path), str(tmp_path), "lacks .* weights of this run's model")
     narrower = other_sizes(tiny_model_path, tmp_path / "narrower", intermediate_size=96)
     on_ranks(1, refused_on_load, narrower, str(tmp_path), r"another model: .*down_proj\.weight is \[64, 128\], here \[64, 96\]")
     check_checkpoint(str(folder))

@@ -12,9 +12,9 @@ from cppo_lightning.untrusted import whole_file
 
 @dataclass(frozen=True)
 class Times:
-    """Of one run: seconds by the clock, seconds of a core, and what machine that was."""
+    """Of one run: seconds by the clock (None of one that was taken over), seconds of a core, and what machine that was."""
 
-    seconds: float
+    seconds: float | None
     core_seconds: float
     machine: str
 

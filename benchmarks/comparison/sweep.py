@@ -121,7 +121,7 @@ class Sweep:
                 if part.run not in declared or (place := self.place(part.run)).made_of != part.made_of or place.result.exists():
                     continue
                 if (core_seconds := cost.runs.get(part.run.name)) is not None:
-                    Times(core_seconds, core_seconds, cost.machine).save(place.times)
+                    Times(None, core_seconds, cost.machine).save(place.times)
                 part.save(place.result)
                 taken += 1
         return taken

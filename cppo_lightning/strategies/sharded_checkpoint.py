@@ -7,9 +7,9 @@ so that any number of ranks can read what another number wrote.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.ranks import from_rank_zero
 from cppo_lightning.replacing import put, standing
+from cppo_lightning.resume import check_same_model
 from cppo_lightning.strategies.sharding import copy_part
 from cppo_lightning.untrusted import META, UNFINISHED, WeightsOnly, write_whole
 
@@ -91,7 +92,7 @@ def load(path: Path, rest: Mapping[str, Any], model: nn.Module, optimizers: Iter
     Raises:
         ConfigError: something that is trained is missing, or the model has no place for what is there.
     """
-    weights = get_model_state_dict(model)
+    weights = cast("dict[str, Tensor]", get_model_state_dict(model))
     states = [get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
     # an evaluation has no optimizer
     plain = list(rest["optimizer_states"])[: len(states)]
@@ -109,7 +110,10 @@ def load(path: Path, rest: Mapping[str, Any], model: nn.Module, optimizers: Iter
         whole = dict(_tensors({"state_dict": rest["state_dict"], "optimizer_states": plain}, Tensor))
         shapes = {name: tensor.shape for name, tensor in whole.items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check_same(path, shapes, wanted, weights.keys(), trained)
+    of_weights = {name.removeprefix(WEIGHTS): shape for name, shape in shapes.items() if name.startswith(WEIGHTS)}
+    check_same_model(of_weights, weights, [name for name in once if name in trained and isinstance(once[name], DTensor)])
+    if missing := sorted(name for name in wanted.keys() - shapes.keys() if not name.startswith(WEIGHTS)):
+        raise ConfigError(f"ckpt_path: {str(path)!r} lacks {len(missing)} optimizer states of this run, {missing[0]} for one")
     found = {name: tensor for name, tensor in wanted.items() if name in shapes}
     if reader is not None:
         load_tensors(found, storage_reader=reader)
@@ -120,28 +124,6 @@ def load(path: Path, rest: Mapping[str, Any], model: nn.Module, optimizers: Iter
     model.load_state_dict(plain_weights, strict=False)
     for optimizer, state, saved in zip(optimizers, states, plain, strict=True):
         set_optimizer_state_dict(model, optimizer, _joined(saved, state), options=StateDictOptions())
-
-
-def _check_same(
-    path: Path,
-    held: Mapping[str, torch.Size],
-    wanted: Mapping[str, DTensor],
-    weights: Collection[str],
-    trained: Collection[str],
-) -> None:
-    """Raise :class:`ConfigError` unless what a checkpoint holds is of this model and trains all that this run does."""
-
-    def needed(name: str) -> bool:
-        return not name.startswith(WEIGHTS) or name.removeprefix(WEIGHTS) in trained
-
-    if missing := sorted(name for name in wanted.keys() - held.keys() if needed(name)):
-        raise ConfigError(f"ckpt_path: {str(path)!r} lacks {len(missing)} tensors of this run, {missing[0]} for one")
-    names = {name for name in held if name.startswith(WEIGHTS)}
-    if surplus := sorted(name for name in names if name.removeprefix(WEIGHTS) not in weights):
-        raise ConfigError(f"ckpt_path: {str(path)!r} is of another model: it has {surplus[0]}, which this one has not")
-    if other := sorted(name for name in names & wanted.keys() if held[name] != wanted[name].shape):
-        shapes = list(held[other[0]]), list(wanted[other[0]].shape)
-        raise ConfigError(f"ckpt_path: {str(path)!r} is of another model: {other[0]} is {shapes[0]}, here {shapes[1]}")
 
 
 def _whole(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
