@@ -252,8 +252,9 @@ class TestTheRoute:
         assert message in response.text
 
     def test_a_client_that_goes_away_calls_off_its_samples(self, engine: VLLMServerEngine) -> None:
-        server, whole = engine._servers[0], 64 * 460
-        long = body(64, 20, 460)
+        n = 1024  # minutes of sampling, beside which it does not matter how late the server hears of it
+        server, whole = engine._servers[0], n * 460
+        long = body(n, 20, 460)
         long["sampling_params"] |= {"stop_token_ids": [], "ignore_eos": True}
 
         async def drawn_in_vain() -> float:
