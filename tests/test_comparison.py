@@ -17,6 +17,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from benchmarks.comparison import slips
 from benchmarks.comparison.__main__ import PAGE, main, parser
 from benchmarks.comparison.cost import Cost, Times, cost_of
 from benchmarks.comparison.grid import REPOSITORY, STUDY, Run, load_study
@@ -296,7 +297,7 @@ class TestCommands:
         pages = ("comparison.md", "comparison-probes.md", "howto/own_trust_region.md")
         docs = [(REPOSITORY / "docs" / name).read_text() for name in pages]
         commands = [shlex.split(line) for text in docs for line in re.findall(r"^python -m .*", text, re.MULTILINE)]
-        assert len(commands) == 11
+        assert len(commands) == 12
         for words in (words[3:] for words in commands if words[2] == "benchmarks.comparison"):
             options = parser().parse_args(words)
             if options.command == "run" and options.method != ["drift_cap"]:  # which a reader declares first
@@ -313,6 +314,8 @@ class TestCommands:
             assert words[0] in ("fit", "replay")
             assert configs
             assert all((REPOSITORY / config).is_file() for config in configs)
+        for words in (words[3:] for words in commands if words[2] == "benchmarks.comparison.slips"):
+            assert slips.parser().parse_args(words).rollouts == [0]
         capsys.readouterr()
 
     def test_what_there_is_nothing_to_compare_with_does_not_run(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:

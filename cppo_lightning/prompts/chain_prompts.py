@@ -13,7 +13,7 @@ from cppo_lightning.prompts.holdout import Split, check_split, in_split
 from cppo_lightning.prompts.prompt_source import PromptSource
 from cppo_lightning.verifiers.base import Problem
 
-_OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 # A factor that shares a divisor with 10 would make two values one: wrong steps before it would be mended by it.
 _OPERANDS = {"+": range(10), "-": range(10), "*": (1, 3, 7, 9)}
 _PATIENCE = 10_000  # draws in a row that bring nothing new before there is said to be no more
@@ -21,7 +21,7 @@ _PATIENCE = 10_000  # draws in a row that bring nothing new before there is said
 
 def draw_chain(operations: int, generator: random.Random) -> str:
     """A chain as it is asked: a start digit, operators and operands, and, for the answer to go on from, the start again."""
-    start, signs = generator.randrange(10), generator.choices(list(_OPERATORS), k=operations)
+    start, signs = generator.randrange(10), generator.choices(list(OPERATORS), k=operations)
     return f"{start}{''.join(f'{sign}{generator.choice(_OPERANDS[sign])}' for sign in signs)}={start},"
 
 
@@ -33,7 +33,7 @@ def running_values(chain: str, slip: Callable[[int], int] = int) -> str:
     formula, _, _ = chain.partition("=")
     value, values = int(formula[0]), []
     for sign, operand in zip(formula[1::2], formula[2::2], strict=True):
-        value = slip(_OPERATORS[sign](value, int(operand)) % 10)
+        value = slip(OPERATORS[sign](value, int(operand)) % 10)
         values.append(str(value))
     return ",".join(values)
 
