@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -250,6 +251,51 @@ class TestWithVLLM:
         engine.load_weights(weights.items(), 5)
         completions = engine.generate(prompts, 1, Sampling(max_tokens=8))
         assert largest_difference(model, completions, prompts, 1, 1.0) < 2e-4
+
+    def test_a_load_that_broke_off_within_a_fused_layer_leaves_nothing_in_the_next(
+        self, engine: VLLMEngine, model: PreTrainedModel, prompts: list[list[int]]
+    ) -> None:
+        def until_q() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in model.named_parameters():
+                yield name, 2 * tensor.detach()
+                if name.endswith("q_proj.weight"):
+                    raise OSError("the trainer broke off")
+
+        def drawn() -> list[Completion]:
+            return engine.generate(prompts, 2, Sampling(max_tokens=8), top_logprobs=5, seed=1)
+
+        engine.load_weights(model.named_parameters(), 6)
+        expected = drawn()
+        with pytest.raises(OSError, match="the trainer broke off"):
+            engine.load_weights(until_q(), 7)
+        engine.load_weights(model.named_parameters(), 8)
+        for found, whole in zip(drawn(), expected, strict=True):
+            assert_identical(found, whole)
+
+    def test_on_cuda_the_seeds_of_requests_follow_from_that_of_the_call(
+        self, engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What vLLM's Model Runner V2, which CUDA takes, gives requests that come without a seed."""
+        from vllm.v1.worker.gpu.sample import states
+
+        def on_the_cpu(size: int, dtype: torch.dtype) -> SimpleNamespace:
+            return SimpleNamespace(np=torch.zeros(size, dtype=dtype).numpy(), copy_to_uva=lambda: None)
+
+        drawn: list[list[int]] = []
+
+        def take(core: Any, prompts: Any, n: int, params: Any, completions: Any) -> None:
+            held = states.SamplingStates(3, 100)
+            for request in range(3):
+                held.add_request(request, params)
+            drawn.append(held.seeds.np.tolist())
+
+        monkeypatch.setattr(states, "UvaBackedTensor", on_the_cpu)
+        monkeypatch.setattr(engine, "_run", take)
+        seeds = (0, 1, 2**32, 2**32 + 1, 2**63 - 1)
+        for seed in (*seeds, *seeds):
+            engine.generate([], 1, Sampling(max_tokens=4), seed=seed)
+        assert drawn[:5] == drawn[5:]
+        assert len({request for call in drawn for request in call}) == 15
 
     def test_requests_that_cannot_work(self, engine: VLLMEngine, prompts: list[list[int]]) -> None:
         with pytest.raises(ConfigError, match=r"top_logprobs 21 .* 20"):

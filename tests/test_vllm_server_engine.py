@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cppo_lightning.engines.checksums import checksums
 from cppo_lightning.engines.engine import Completion, Sampling
+from cppo_lightning.engines.vllm_server import listener
 from cppo_lightning.engines.vllm_server import process as vllm_process
-from cppo_lightning.engines.vllm_server.client import Patience
+from cppo_lightning.engines.vllm_server.client import Patience, Server, ServerAwayError
 from cppo_lightning.engines.vllm_server.engine import VLLMServerEngine
+from cppo_lightning.engines.vllm_server.fleet import Fleet
+from cppo_lightning.engines.vllm_server.sampling import sampled
 from cppo_lightning.engines.vllm_server.weight_folder import WeightFolder, write_weights
+from cppo_lightning.engines.vllm_server.weight_transfer import ThroughFolder
 from cppo_lightning.errors import ConfigError, RolloutError
 
 from . import fake_vllm_server
@@ -359,6 +366,93 @@ def test_a_server_ends_with_its_trainer_and_leaves_nothing(tmp_path: Path) -> No
     assert [left.name for left in tmp_path.iterdir()] == ["vllm-2"]
 
 
+class TestWhoListens:
+    """The key of a server that this run started on loopback goes to nobody but a process of this user."""
+
+    @pytest.fixture
+    def got(self) -> list[str | None]:
+        return []
+
+    @pytest.fixture
+    def url(self, got: list[str | None]) -> Iterator[str]:
+        """Someone who writes the keys that come into ``got``."""
+
+        class Taker(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                got.append(self.headers["Authorization"])
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Taker) as server:
+            threading.Thread(target=server.serve_forever).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+    def write(self, folder: Path, url: str, user: int, state: str = "0A") -> None:
+        """A table like Linux's for ``url``, on a machine with this one's order of bytes."""
+        place = f"{'0100007F' if sys.byteorder == 'little' else '7F000001'}:{int(url.rsplit(':')[-1]):04X}"
+        (folder / "tcp").write_text(
+            "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+            "   0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0 100 0 0 10 0\n"
+            f"   1: {place} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000 {user:5d}      0 12 1 0 100 0 0 10 0\n"
+        )
+
+    def test_our_own_process_gets_the_key(self, url: str, got: list[str | None]) -> None:
+        assert Server(url, "secret", PATIENT, ours=True).is_up()
+        assert got == ["Bearer secret"]
+
+    @pytest.mark.parametrize(("state", "user"), [("0A", os.geteuid() + 1), ("01", os.geteuid())])
+    def test_nobody_else_does(
+        self, url: str, got: list[str | None], state: str, user: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(listener, "_TABLES", tmp_path)
+        self.write(tmp_path, url, user, state)
+        patience = Patience(start=0.1, stall=0.1)
+        server = Server(url, "secret", patience, ours=True)
+        assert not server.is_up()
+        with pytest.raises(ServerAwayError, match="no process of this user listens there"):
+            server.describe()
+        with pytest.raises(RolloutError, match="no process of this user listens there"):
+            list(sampled([{}], [server], "run/1", patience, lambda: None))
+        assert got == []
+        self.write(tmp_path, url, os.geteuid())
+        assert Server(url, "secret", PATIENT, ours=True).is_up()
+        assert got == ["Bearer secret"]
+
+    def test_localhost_is_asked_by_its_number(self, tmp_path: Path) -> None:
+        """By its name it might be asked over IPv6 first, where someone else may listen."""
+        process = vllm_process.ServerProcess("localhost", {}, "key", tmp_path, "server.log")
+        assert Fleet([process], "key", tmp_path, "run/0", PATIENT, ThroughFolder()).urls == [f"http://127.0.0.1:{process.port}"]
+        process.close()
+
+    def test_of_servers_elsewhere_nothing_is_known(
+        self, url: str, got: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(listener, "_TABLES", tmp_path)
+        self.write(tmp_path, url, os.geteuid() + 1)
+        assert Server(url, "secret", PATIENT).is_up()
+        assert got == ["Bearer secret"]
+
+    def test_without_proc_the_user_is_taken_to_be_right(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(listener, "_TABLES", tmp_path)
+        assert listener.listens_as_us("127.0.0.1", 9)
+
+    @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the tables are Linux's")
+    @pytest.mark.parametrize(("address", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+    def test_is_what_linux_says(self, address: str, family: int) -> None:
+        with socket.socket(family) as ours:
+            try:
+                ours.bind((address, 0))
+            except OSError:
+                pytest.skip(f"this machine has no {address}")
+            port = ours.getsockname()[1]
+            assert not listener.listens_as_us(address, port), "bound is not yet listening"
+            ours.listen()
+            assert listener.listens_as_us(address, port)
+
+
 class TestServersElsewhere:
     @pytest.fixture
     def url(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -453,8 +547,6 @@ def _rank(rank: int, folder: str, port: str, model: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_share_servers_and_errors(tmp_path: Path, tiny_model_path: Path) -> None:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -534,17 +626,18 @@ class TestWithVLLM:
         with pytest.raises(RolloutError, match="call load_weights first"):
             engine.generate(PROMPTS, 1, Sampling(max_tokens=4))
 
+    @pytest.mark.parametrize("left_out", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"])
     def test_a_parameter_left_out_on_the_way_is_refused_by_the_server(
-        self, engine: VLLMServerEngine, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+        self, engine: VLLMServerEngine, model: PreTrainedModel, left_out: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """One that the trainer had, and that did not get into the folder."""
+        """One that the trainer had, and that did not get into the folder; vLLM holds the second in one layer with q and v."""
 
         def sabotaged(weights: Any, folder: Path, label: str) -> None:
-            write_weights(((name, tensor) for name, tensor in weights if name != "model.norm.weight"), folder, label)
+            write_weights(((name, 2 * tensor) for name, tensor in weights if name != left_out), folder, label)
 
         with monkeypatch.context() as patch:
             patch.setattr("cppo_lightning.engines.vllm_server.weight_transfer.write_weights", sabotaged)
-            with pytest.raises(RolloutError, match=r"missing 1: model\.norm\.weight"):
+            with pytest.raises(RolloutError, match=f"missing 1: {re.escape(left_out)}"):
                 engine.load_weights(model.named_parameters(), 9)
         assert engine.version == -1
         engine.load_weights(model.named_parameters(), 9)

@@ -92,7 +92,7 @@ class TestSettings:
         monkeypatch.setattr(Server, "is_open", lambda server: False)
         monkeypatch.setattr(Server, "describe", lambda server: {"version": "0.32.0", "weight_transfer": None})
         gloo = ByVLLM("gloo", torch.float32, 100, ONCE)
-        fleet = Fleet(["http://a:1"], "127.0.0.1", "key", tmp_path, "run/0", ONCE, gloo)
+        fleet = Fleet(["http://a:1"], "key", tmp_path, "run/0", ONCE, gloo)
         with pytest.raises(ConfigError, match=r"""http://a:1 .*--weight-transfer-config '{"backend": "cppo_gloo"}'$"""):
             fleet.limits("model", "float32", 5, None)
 
@@ -399,6 +399,24 @@ class TestCUDABackends:
             assert [path for path, _ in server.asked if path != "/update_weights"] == [
                 *("begin", "/init_weight_transfer_engine", "finish")
             ]
+
+    @pytest.mark.parametrize(
+        ("seen", "address"),
+        [
+            (["127.0.0.1", "::1", "10.0.0.2", "10.0.0.3"], "10.0.0.2"),
+            (["127.0.0.1", "127.0.0.1"], "127.0.0.1"),
+        ],
+    )
+    def test_all_servers_get_an_address_that_all_reach(
+        self, seen: list[str], address: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server of this machine sees it as loopback, which for one elsewhere would be that one itself."""
+        from cppo_lightning.engines.vllm_server import transfer_trainer
+
+        monkeypatch.setattr(transfer_trainer, "_address_for", lambda server: server)
+        for way in ("gloo", "nccl"):
+            info = cast("Any", transfer_trainer._init_info(way, cast("Any", seen), 5, 1000, 5))
+            assert info.master_address == address
 
     def test_ipc(self, servers: list[Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm.distributed.weight_transfer import ipc_engine

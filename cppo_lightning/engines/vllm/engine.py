@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cppo_lightning.engines.engine import Completion, OnCompletion, RolloutEngine, Sampling
@@ -28,6 +30,7 @@ from cppo_lightning.engines.vllm.settings import (
     check_installed,
     check_one_process,
     check_settings,
+    end_reload,
     repack_output_head,
     sampling_params,
     shut_down,
@@ -155,7 +158,11 @@ class VLLMEngine(RolloutEngine):
         checked = received(checked_weights(weights, self._parameters), getattr(torch, self.dtype), checksums)
         with process_state_kept():
             self._memory.bring(WEIGHTS)
-            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            try:
+                llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            except BaseException:
+                llm.apply_model(partial(end_reload, config=llm.llm_engine.vllm_config))
+                raise
             llm.apply_model(repack_output_head)
         llm.reset_prefix_cache()
         self._version, self._checksums = version, checksums
@@ -189,8 +196,10 @@ class VLLMEngine(RolloutEngine):
         llm.reset_prefix_cache()
         completions = Completions(len(prompts) * n, on_completion)
         with process_state_kept(), self._memory.in_use():
-            # vLLM in process draws from torch's global generator; its own per-request seeds crash on a CPU
+            # vLLM in process draws from the global generators: a CPU's tokens from torch's, and on CUDA, with Triton, each
+            # request's seed from numpy's; seeds of our own for each request would crash on a CPU
             torch.manual_seed(seed)
+            np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # it takes 32 bits at a time
             self._run(llm.llm_engine, prompts, n, params, completions)
         return completions.all()
 

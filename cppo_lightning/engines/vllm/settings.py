@@ -17,6 +17,7 @@ from cppo_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
     from vllm import LLM
+    from vllm.config import VllmConfig
 
     from cppo_lightning.engines.engine import Sampling
 
@@ -121,6 +122,15 @@ def repack_output_head(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def end_reload(model: nn.Module, config: VllmConfig) -> None:
+    """End a reload that broke off: vLLM 0.32 does not, and what a layer had of it would count as loaded in the next one."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    with set_current_vllm_config(config):
+        finalize_layerwise_reload(model, config.model_config)
 
 
 def shut_down(llm: LLM, owns_group: bool) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from cppo_lightning.engines.vllm_server.listener import listens_as_us
 from cppo_lightning.errors import ConfigError, RolloutError
 
 T = TypeVar("T")
@@ -63,19 +64,34 @@ class Server:
         url: its address, for example http://10.0.0.7:8000.
         key: its API key.
         patience: time-outs.
+        ours: this run started it; then, on loopback, its key goes to nobody but a process of this user.
 
     Raises:
         ConfigError: ``url`` is no http address.
     """
 
-    def __init__(self, url: str, key: str, patience: Patience) -> None:
+    def __init__(self, url: str, key: str, patience: Patience, ours: bool = False) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"engine.urls should hold addresses such as http://10.0.0.7:8000, got {url!r}")
         self.url = url.rstrip("/")
-        self.headers = {"Authorization": f"Bearer {key}"}
+        self._key = key
+        # one of ours that binds loopback has its number in the url; "localhost" may be the name of a machine that all reach
+        numbered = parts.hostname != "localhost" and is_loopback(parts.hostname)
+        self._guarded = (parts.hostname, parts.port) if ours and parts.port and numbered else None
         self._patience = patience
         self._tls = httpx.create_ssl_context(trust_env=False)  # once: it takes 20 ms, and a keeper asks twice a second
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request needs, for the next one alone: while the server is away, any user of this machine may take its port.
+
+        Raises:
+            ServerAwayError: nobody listens there, or another user does.
+        """
+        if self._guarded is not None and not listens_as_us(*self._guarded):
+            raise ServerAwayError(f"{self.url} does not answer (no process of this user listens there)")
+        return {"Authorization": f"Bearer {self._key}"}
 
     def is_up(self) -> bool:
         """Whether it answers at all, and its engine is well."""

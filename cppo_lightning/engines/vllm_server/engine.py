@@ -152,7 +152,7 @@ class VLLMServerEngine(RolloutEngine):
         self._parameters = meta_parameters(self._config)
         self._transfer = transfer_by(self.weight_transfer, getattr(torch, self.dtype), self._parameters.values(), self.patience)
         urls, key, self._run, self._limits = from_rank_zero(lambda: self._start_fleet(model))
-        self._servers = [Server(url, key, self.patience) for url in urls]
+        self._servers = [Server(url, key, self.patience, ours=self.urls is None) for url in urls]
         self._label = f"{self._run}/0" if self.urls is None else None  # weights elsewhere may be anyone's
 
     def _start_fleet(self, model: str) -> tuple[list[str], str, str, dict[str, int]]:
@@ -164,7 +164,7 @@ class VLLMServerEngine(RolloutEngine):
         places = self.urls or [
             ServerProcess(self.host, self._arguments(model), key, folder, f"server-{i}.log") for i in range(self.servers)
         ]
-        self._fleet = fleet = Fleet(places, self.host, key, folder, f"{run}/0", self.patience, self._transfer)
+        self._fleet = fleet = Fleet(places, key, folder, f"{run}/0", self.patience, self._transfer)
         try:
             fleet.start()
             limits = fleet.limits(model, self.dtype, self.max_top_logprobs, self.max_model_len)

@@ -31,7 +31,6 @@ class Fleet:
 
     Args:
         places: for each server its process, or the url of one that runs elsewhere.
-        host: by which address the processes are reached.
         key: their API key.
         folder: made here, and deleted at the end; holds no more than the weights of two versions.
         label: name of the weights that servers start with.
@@ -42,7 +41,6 @@ class Fleet:
     def __init__(
         self,
         places: Sequence[ServerProcess | str],
-        host: str,
         key: str,
         folder: Path,
         label: str,
@@ -55,8 +53,8 @@ class Fleet:
         self._keepers: list[Keeper] = []
         for place in places:
             process = place if isinstance(place, ServerProcess) else None
-            url = place if isinstance(place, str) else f"http://{_reached(host)}:{place.port}"
-            self._keepers.append(Keeper(Server(url, key, patience), process, label, patience))
+            url = place if isinstance(place, str) else f"http://{_reached(place.address)}:{place.port}"
+            self._keepers.append(Keeper(Server(url, key, patience, ours=process is not None), process, label, patience))
 
     @property
     def urls(self) -> list[str]:
@@ -141,8 +139,8 @@ class Fleet:
         return confirmed
 
 
-def _reached(host: str) -> str:
-    """The name in urls for a server that binds ``host``."""
-    if host in ("0.0.0.0", "::"):
+def _reached(address: str) -> str:
+    """The name in urls for a server that binds ``address``."""
+    if address in ("0.0.0.0", "::"):
         return socket.gethostname()
-    return f"[{host}]" if ":" in host else host
+    return f"[{address}]" if ":" in address else address

@@ -61,11 +61,14 @@ class ServerProcess:
     """
 
     def __init__(self, host: str, arguments: Mapping[str, Any], key: str, folder: Path, log: str) -> None:
-        # bound for as long as this object lives, so that after a crash nobody else gets the port, and with it our key
+        # Bound for as long as this object lives, so that nobody is given the port.  As the server must bind it too, so can any
+        # user who asks for it by number while nobody listens: Server looks who does before it sends the key.
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((host, 0))
-        self.port: int = self._socket.getsockname()[1]
+        self.address: str
+        self.port: int
+        self.address, self.port, *_ = self._socket.getsockname()
         self._folder = folder.resolve()
         self.log = self._folder / log
         self._flags = as_flags({**arguments, **REQUIRED, "host": host, "port": self.port, "disable_uvicorn_access_log": True})

@@ -16,7 +16,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from cppo_lightning.engines.vllm_server.client import Server, ServerAwayError, on_each
+from cppo_lightning.engines.vllm_server.client import Server, ServerAwayError, is_loopback, on_each
 from cppo_lightning.engines.vllm_server.transfer_backends import GlooTrainerInitInfo
 from cppo_lightning.errors import RolloutError
 
@@ -45,7 +45,7 @@ def stream(
     client, bucket = AllServers(servers, workers), Bucket("cpu" if way == "gloo" else "cuda")
     on_each(servers, lambda server: server.begin())
     with _explained(client, servers):
-        info = _init_info(way, servers[0], 1 + sum(workers), bucket_bytes, seconds)
+        info = _init_info(way, servers, 1 + sum(workers), bucket_bytes, seconds)
         engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=bucket)
     client.on_failure = engine.shutdown
     try:
@@ -57,10 +57,12 @@ def stream(
         engine.shutdown()
 
 
-def _init_info(way: str, server: Server, size: int, bucket_bytes: int, seconds: float) -> TrainerInitInfo:
+def _init_info(way: str, servers: Sequence[Server], size: int, bucket_bytes: int, seconds: float) -> TrainerInitInfo:
     if way == "ipc":  # packed, since what is not is read from memory that the next bucket overwrites
         return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=bucket_bytes)
-    address, port = _address_for(server), _free_port()
+    seen = [_address_for(server) for server in servers]
+    # one on this machine reaches what one elsewhere does
+    address, port = next((each for each in seen if not is_loopback(each)), seen[0]), _free_port()
     if way == "nccl":
         return NCCLTrainerInitInfo(address, port, size, packed=False, rank=0)
     return GlooTrainerInitInfo(address, port, size, seconds, rank=0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import cppo_lightning.engines.vllm_server.transfer_backends  # noqa: F401, a worker finds a backend by its name, once it is registered
 from cppo_lightning.engines.checksums import checksum
 from cppo_lightning.engines.requests import checked_weights, meta_parameters, read_config
-from cppo_lightning.engines.vllm.settings import installed_version, repack_output_head
+from cppo_lightning.engines.vllm.settings import end_reload, installed_version, repack_output_head
 from cppo_lightning.engines.vllm_server.weight_folder import WeightFolder
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ class TakesWeights:
                 yield name, tensor
 
         self.cppo_abandon_update()
-        self.reload_weights(weights_iterator=read())
+        try:
+            self.reload_weights(weights_iterator=read())
+        except BaseException:
+            end_reload(self.get_model(), self.vllm_config)
+            raise
         repack_output_head(self.get_model())
         return received
 
