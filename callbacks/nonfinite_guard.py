@@ -88,8 +88,9 @@ class NonFiniteGuard(Callback):
         log_metrics(trainer, {"train/nonfinite_steps": self.count}, step=self._step)
         if self.max_in_a_row is not None and self.in_a_row >= self.max_in_a_row:
             kept = f"; {self._folder} has the minibatches" if self.max_dumps else ""
+            stopped, self.in_a_row = self.in_a_row, 0  # the run may be saved now, and what goes on from there counts anew
             raise AllRanksError(
-                f"at step {self._step} the loss or a gradient was not finite {self.in_a_row} times in a row, and no step was "
+                f"at step {self._step} the loss or a gradient was not finite {stopped} times in a row, and no step was "
                 f"taken{kept}; lower the learning rate, or look for what the model cannot compute in its dtype"
             )
 

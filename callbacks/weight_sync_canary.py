@@ -36,8 +36,8 @@ class WeightSyncCanary(Callback):
     After a sync, and before the first update on the rollout that came of it, the engine continues fixed texts with a fixed
     seed, and the trainer scores the same tokens.  The run goes on if their log-probabilities agree within the bounds and every
     parameter has the same checksum on both sides (of its bits in the engine's dtype, for engines that tell theirs).  It changes
-    nothing that the run trains on; a rollout that is being drawn ahead is waited for.  Logs ``canary/logp_gap_mean`` and
-    ``canary/logp_gap_max`` in nats, of the worst rank.
+    nothing that the run trains on, and waits for no rollout that is being drawn ahead: an engine that draws one can answer
+    several calls at once.  Logs ``canary/logp_gap_mean`` and ``canary/logp_gap_max`` in nats, of the worst rank.
 
     Bounds, unless given, follow the coarsest dtype of engine, policy and Trainer: ``USUAL_BOUNDS`` in mismatch.py.
     In bf16 numerics hide a small update, which checksums alone can see.
@@ -99,7 +99,6 @@ class WeightSyncCanary(Callback):
         """
         data = rollout_data(trainer, type(self).__name__)
         engine, tokenizer = data.sampler.engine, data.sampler.tokenizer
-        data.sync_weights()  # hands over nothing new, but waits for a rollout that is drawn ahead
         prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.prompts]
         completions = engine.generate(prompts, 1, replace(data.sampling, max_tokens=self.max_tokens), seed=0)
         # ranks that compute each layer together have to score the same tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from cppo_lightning.advantages import AdvantageEstimator, GroupRelative
 from cppo_lightning.batch import RolloutBatch
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.ranks import data_share, sampling_share, with_same_batch
+from cppo_lightning.ranks import data_share, gone_through, on_all_ranks, sampling_share, with_same_batch
 from cppo_lightning.resume import tell_other_versions, updates_taken, versions
 from cppo_lightning.rollout import (
     PromptOrder,
@@ -153,11 +154,11 @@ class RolloutDataModule(LightningDataModule):
             order = PromptOrder(training.problems, self.seed, shares)
             refills = PromptOrder(training.problems, self.seed + 2**31, shares)  # another shuffle of the same problems
             rollouts = TrainingRollouts(
-                order, refills, self.plan, share, sync=self.sync_weights, sample=self._sample, seed=self.draw_seed
+                order, refills, self.plan, share, sync=self._hand_over, sample=self._sample, seed=self.draw_seed
             )
-            settings = drawn_with(self.plan, self.sampling, self.top_k, self.seed)
-            self.progress = Progress(rollouts, self._stream(), share, data_share(self._trainer()), settings)
             self.fingerprint = training.fingerprint
+            settings = drawn_with(self.plan, self.sampling, self.top_k, self.seed, self.fingerprint)
+            self.progress = Progress(rollouts, self._stream(), share, data_share(self._trainer()), settings)
             self._restore()
         if self.evaluation is not None:
             longest = self.evaluation.sampling.max_tokens
@@ -172,14 +173,23 @@ class RolloutDataModule(LightningDataModule):
         return self.sets.load_evaluation(name, source, max_tokens or self.sampling.max_tokens).problems
 
     def sync_weights(self) -> None:
-        """Hand the policy's current weights to the engine, once it is free, unless it has them already."""
+        """Hand the policy's current weights to the engine, once it is free on all ranks, unless it has them already.
+
+        Every rank must call it.
+        """
         if self.progress is not None:
-            self.progress.rollouts.wait()
+            on_all_ranks(self.progress.rollouts.wait)
+        on_all_ranks(self._hand_over)
+
+    def _hand_over(self) -> None:
+        """``sync_weights`` where nothing is being drawn."""
         version = self._trained().version
         if self._weights_current and self.engine.version == version:
             return
-        self.engine.start(self.model)
-        self.engine.load_weights(self._trained().named_weights(), version)
+        weights = self._trained().named_weights()
+        with gone_through(weights):
+            self.engine.start(self.model)
+            self.engine.load_weights(weights, version)
         self._weights_current = True
 
     def draw_seed(self, *purpose: str | int) -> int:
@@ -211,7 +221,7 @@ class RolloutDataModule(LightningDataModule):
         """
         trainer = self._trainer()
         trained = updates_taken(trainer.fit_loop.epoch_loop.batch_progress)
-        progress = self._running().state_dict(trained, _PATIENCE if trainer.interrupted else None)
+        progress = self._running().state_dict(trained, _PATIENCE if trainer.interrupted else math.inf)
         return {**progress, "fingerprint": self.fingerprint, "versions": versions()}
 
     def expect(self, checkpoint: Mapping[str, Any]) -> None:

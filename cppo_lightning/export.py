@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -71,9 +72,10 @@ def export(
     file = config or _config_above(checkpoint)
     run = _read(file)
     trained = made_from(run["model"]["policy"], PolicyConfig, f"config {str(file)!r}: model.policy")
+    trained = trained.under(run.get("trainer", {}).get("precision"))
     check_no_code(trained.path)
     held = check_checkpoint(str(checkpoint))
-    policy = Policy.load(trained)
+    policy = Policy.load(replace(trained, attn_implementation="eager"))  # the run's may need its GPU
     _fill(policy, checkpoint)
     dtype = dtype or trained.dtype
     unfinished = output.absolute().with_name(f".{output.name}{UNFINISHED}")

@@ -58,9 +58,9 @@ class LossAggregation:
     def coefficients(self, mask: Tensor, totals: Totals) -> Tensor:
         """Factor of each token's loss, ``[B, T]`` float32, 0 where masked; a step's sum needs no further division."""
         if self.kind == "token-mean":
-            return mask / totals.tokens
+            return mask.float() / totals.tokens
         length = mask.sum(-1, keepdim=True).clamp(min=1) if self.horizon is None else self.horizon
-        return mask / (length * totals.sequences)
+        return mask.float() / (length * totals.sequences)
 
 
 @dataclass(frozen=True)

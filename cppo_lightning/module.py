@@ -32,7 +32,7 @@ from cppo_lightning.policy_config import PolicyConfig, check_attention, check_pr
 from cppo_lightning.ranks import data_share, data_sum
 from cppo_lightning.resume import check_same_model, settle_loops
 from cppo_lightning.sequences import MicroBatch, micro_batches
-from cppo_lightning.strategies import FSDP2, ReadsShards, check_strategy, gradients_kept_apart
+from cppo_lightning.strategies import FSDP2, ReadsShards, WeightsInBF16, check_strategy, gradients_kept_apart
 from cppo_lightning.trust_regions import TrustRegion
 from cppo_lightning.untrusted import check_no_code, refusing
 
@@ -123,17 +123,18 @@ class RLVRModule(LightningModule):
             check_attention(self.policy_config.attn_implementation, strategy.root_device)
         if not isinstance(strategy.checkpoint_io, ReadsShards):
             strategy.checkpoint_io = ReadsShards(strategy.checkpoint_io)
-        # under bf16-true Lightning would round log mu, and with it every ratio, to 8 bits
-        self.trainer.precision_plugin.convert_input = _as_it_is  # type: ignore[method-assign]
+        if self.trainer.precision == "bf16-true":
+            strategy.precision_plugin = WeightsInBF16()
 
     def configure_model(self) -> None:
         if self.policy is not None:
             return
         strategy = None if self._trainer is None else self._trainer.strategy
         load = strategy.load_policy if isinstance(strategy, FSDP2) else Policy.load
-        self.policy = load(self.policy_config)
-        if self.reference_kl is not None and self.policy_config.lora is None:
-            self.reference = load(self.policy_config).eval().requires_grad_(False)
+        config = self.policy_config if strategy is None else self.policy_config.under(self.trainer.precision)
+        self.policy = load(config)
+        if self.reference_kl is not None and config.lora is None:
+            self.reference = load(config).eval().requires_grad_(False)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer([p for p in self._policy().parameters() if p.requires_grad])
@@ -327,7 +328,3 @@ class RLVRModule(LightningModule):
         """Lightning's, which needs ``policy`` and ``trust_region`` besides; only tensors and plain values are read."""
         with refusing(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
-
-
-def _as_it_is(data: Any) -> Any:
-    return data

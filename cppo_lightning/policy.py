@@ -127,8 +127,10 @@ class Policy(nn.Module):
             return None
         kinds = getattr(config, "layer_types", None) or ["full_attention"]
         attentions = ("sdpa", "eager", "flex_attention")
+        # the largest position decides how these turn each of them, and padding behind several branches has larger ones
+        by_length = (getattr(config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope")
         windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-        if set(kinds) != {"full_attention"} or windows or config._attn_implementation not in attentions:
+        if set(kinds) != {"full_attention"} or windows or by_length or config._attn_implementation not in attentions:
             return None
         embedding: Any = self.model.get_input_embeddings()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -21,7 +21,7 @@ class PolicyConfig:
 
     Args:
         path: folder of a Hugging Face causal LM with its tokenizer, or a hub id; a leading ``~`` becomes the home folder.
-        dtype: dtype of the trained weights.
+        dtype: dtype of the trained weights; with ``trainer.precision: bf16-true`` they are bfloat16 in any case.
         attn_implementation: attention of transformers, for example sdpa, eager or flash_attention_2; flex_attention leaves out
             padding (in the models of ``policy.PLAIN_CAUSAL``) and needs a GPU.
         gradient_checkpointing: recompute activations in the backward pass, for less memory and more time.
@@ -40,6 +40,10 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", os.path.expanduser(self.path))
         check_model_path(self.path)
+
+    def under(self, precision: str | int | None) -> Self:
+        """This with the ``dtype`` that weights are held in under ``trainer.precision``."""
+        return replace(self, dtype="bfloat16") if precision == "bf16-true" else self
 
     def arguments(self) -> dict[str, Any]:
         """What transformers' ``AutoModelForCausalLM`` takes to make the model, with its weights or without."""

@@ -4,7 +4,8 @@ waiting for it in their next collective."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -122,6 +123,16 @@ def on_all_ranks(make: Callable[[], T]) -> T:
     if messages := [message for message in found if isinstance(message, str)]:
         raise AllRanksError("; ".join(messages)) from failure
     return made[0]
+
+
+@contextmanager
+def gone_through(items: Iterator[Any]) -> Iterator[None]:
+    """Whatever ends the block, the rest of ``items`` is gone through: making one may be a collective, which others wait in."""
+    try:
+        yield
+    finally:
+        for _ in items:
+            pass
 
 
 def check_signals(device: torch.device) -> None:

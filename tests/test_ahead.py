@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,22 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from cppo_lightning.batch import RolloutBatch
-from cppo_lightning.callbacks import FailureCheckpoint, RolloutMetrics
+from cppo_lightning.callbacks import FailureCheckpoint, RolloutMetrics, Shutdown
 from cppo_lightning.datamodule import RolloutDataModule
 from cppo_lightning.divergences import TopKTV
 from cppo_lightning.errors import ConfigError, RolloutError
-from cppo_lightning.ranks import AllRanksError
-from cppo_lightning.rollout import Completion, RolloutPlan, Sampling, TransformersEngine
+from cppo_lightning.interrupts import INTERRUPTS
+from cppo_lightning.ranks import AllRanksError, AllRanksInterrupted
+from cppo_lightning.rollout import Completion, PromptOrder, ReasoningGymPrompts, RolloutPlan, Sampling, TransformersEngine
+from cppo_lightning.rollout.ahead import TrainingRollouts
 from cppo_lightning.rollout.background import Background
+from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.trust_regions import CPPO, PPOClip
-from cppo_lightning.verifiers import Format
+from cppo_lightning.verifiers import Format, Problem
 from tests.callback_rig import scalars
 from tests.callback_rig import trainer as logging_trainer
-from tests.test_fit import make_data, make_module, make_trainer, unchanged, weights
+from tests.rank_rig import on_ranks
+from tests.test_fit import SUMS, make_data, make_module, make_trainer, unchanged, weights
 
 LIMIT = 60.0  # seconds; only a defect reaches it
 UPDATES = 2
@@ -288,11 +295,16 @@ def test_a_checkpoint_holds_the_rollout_ahead_and_does_not_count_it(ahead: Run, 
     assert in_turn.versions == [(4, [4]), (5, [4]), (6, [6]), (7, [6])], "without staleness it is drawn again"
     fewer: dict[str, Any] = {"plan": plan(1, prompts=2)}
     wider: dict[str, Any] = {"top_k": 6, "module_settings": {"trust_region": CPPO(TopKTV(6))}}
-    for other, rollouts in ((fewer, 6), (wider, 4)):
+    shorter: dict[str, Any] = {"plan": plan(1, updates=1)}  # for which it would be too old
+    for other, rollouts in ((fewer, 6), (wider, 4), (shorter, 4)):
         notes, _, data = run(tiny_model_path, tmp_path, 1, rollouts, resume=tmp_path / "1.ckpt", **other)
         assert isinstance(data.engine, Engine)
         assert data.engine.calls[0] == (True, 4), "with other settings it is drawn again"
         assert [name for ids in notes.ids for name in ids] == [name for ids in ahead[0].ids[2:] for name in ids]
+    others: dict[str, Any] = {"prompts": ReasoningGymPrompts("basic_arithmetic", 100, params=SUMS), "allow_other_data": True}
+    _, _, data = run(tiny_model_path, tmp_path, 1, 3, resume=tmp_path / "1.ckpt", **others)
+    assert isinstance(data.engine, Engine)
+    assert data.engine.calls[0] == (True, 4), "and of other problems"
 
 
 def test_other_errors_than_rollouts_are_not_saved(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -364,6 +376,36 @@ def test_a_run_that_ends_early_waits_for_no_rollout(
     assert "rollout ahead" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_signal_while_a_checkpoint_waits_drops_the_rollout_ahead(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take another minute."""
+    monkeypatch.setattr("cppo_lightning.rollout.ahead._STOP_SECONDS", LIMIT)
+    saving, waited = threading.Event(), []
+
+    class Saving(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            saving.set()
+            trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    def terminate(call: int) -> None:
+        if call > 1:
+            assert saving.wait(LIMIT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            end = time.monotonic() + LIMIT
+            while time.monotonic() < end:
+                time.sleep(0.01)
+            waited.append(call)
+
+    with INTERRUPTS.handled(), pytest.raises(SystemExit):
+        run(tiny_model_path, tmp_path, 1, callbacks=[Saving(), FailureCheckpoint(), Shutdown()], engine=Engine(terminate))
+    assert not waited
+    (after,) = tmp_path.rglob("after_failure.ckpt")
+    for file in (tmp_path / "saved.ckpt", after):
+        saved = torch.load(file, weights_only=True)
+        assert (saved["global_step"], saved["RolloutDataModule"]["ranks"][0]["ahead"]) == (UPDATES, None)
+
+
 def test_staleness_is_logged_in_optimizer_steps(tiny_model_path: Path, tmp_path: Path) -> None:
     data = make_data(tiny_model_path, engine=Engine(), plan=plan(1))
     logging_trainer(tmp_path, [RolloutMetrics()], 3).fit(make_module(tiny_model_path), datamodule=data)
@@ -404,6 +446,82 @@ def test_what_runs_in_the_background_raises_where_its_result_is_asked_for() -> N
     never.set()
 
 
+# many ranks ---------------------------------------------------------------------------------------------------------------
+
+
+def rollouts_of(
+    rank: int, ranks: int, sync: Callable[[], None], sample: Callable[[list[Problem]], None], **settings: int
+) -> TrainingRollouts:
+    """Empty ones, of problems of two sets by turns."""
+    problems = [Problem(f"{name}/{i}", (), "", dataset=name) for name in "ab" for i in range(50)]
+    order, refills = (PromptOrder(problems, seed, {"a": 1, "b": 1}) for seed in (0, 1))
+
+    def sampled(problems: list[Problem], seed: int) -> Rollout:
+        sample(problems)
+        return Rollout([], 8, 0, 0.0, 0.0)
+
+    return TrainingRollouts(order, refills, plan(1, **settings), (rank, ranks), sync, sampled, lambda *purpose: 0)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_each_rank_has_its_share_of_every_set(ranks: int) -> None:
+    asked: list[list[Problem]] = []
+    for rank, count in [(0, 1), *((rank, ranks) for rank in range(ranks))]:
+        rollouts_of(rank, count, lambda: None, asked.append, prompts=16).next(another=False)
+    whole, *parts = asked
+    assert [problem for part in parts for problem in part] == whole
+    assert [Counter(problem.dataset for problem in part) for part in parts] == [{"a": 8 // ranks, "b": 8 // ranks}] * ranks
+
+
+def _drawn_ahead(case: str, folder: Path) -> tuple[str, list[bool]]:
+    """On a rank: how three rollouts end, and for each sync whether rank 1, whose rollouts ahead take longer, was at one."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
+    rank, busy, found = torch.distributed.get_rank(), folder / "busy", []
+
+    def sync() -> None:
+        found.append(busy.exists())
+        torch.distributed.barrier()  # as where weights are gathered from all ranks
+
+    def sample(problems: list[Problem]) -> None:
+        if rank == 0 or threading.current_thread() is threading.main_thread():
+            return
+        if case == "fails":
+            raise RolloutError("the engine is gone")
+        if case == "is interrupted":
+            os.kill(os.getpid(), signal.SIGTERM)
+            dawdle(2)
+        busy.touch()
+        time.sleep(0.5)
+        busy.unlink()
+
+    with INTERRUPTS.handled():
+        INTERRUPTS.deferred = True
+        rollouts = rollouts_of(rank, 2, sync, sample)
+        if case == "was kept by one":
+            rollouts.restore(4, Rollout([], 8, 0, 0.0, 0.0) if rank == 0 else None)
+        try:
+            for number in range(3):
+                rollouts.next(another=number < 2)
+        except (AllRanksError, AllRanksInterrupted) as error:
+            return str(error), found
+        finally:
+            rollouts.stop()
+    return f"at {rollouts.position}", found
+
+
+@pytest.mark.parametrize(
+    ("case", "end", "syncs"),
+    [
+        ("takes long", "at 12", 3),
+        ("was kept by one", "at 16", 3),
+        ("fails", "rank 1: the engine is gone", 2),
+        ("is interrupted", "interrupted by SIGTERM", 2),
+    ],
+)
+def test_whatever_becomes_of_one_ranks_rollout_ahead_all_sync_together(case: str, end: str, syncs: int, tmp_path: Path) -> None:
+    assert on_ranks(2, _drawn_ahead, case, tmp_path) == [(end, [False] * syncs)] * 2
+
+
 def _rank(rank: int, port: int, folder: Path, model: Path) -> None:
     """Rank 1's engine is lost while it draws ahead; then both go on from the checkpoint."""
     torch.set_num_threads(1)
@@ -434,5 +552,5 @@ def test_ranks_fail_together_and_go_on(ahead: Run, tiny_model_path: Path, tmp_pa
     for theirs, their_ids, their_versions, their_weights in others:
         assert (theirs, their_versions) == (messages, versions)
         assert same(their_weights, found)
-        dealt = [[name for pair in zip(*both, strict=True) for name in pair] for both in zip(ids, their_ids, strict=True)]
-        assert dealt == ahead[0].ids[1:3], "one rank's order of problems, dealt to two"
+        dealt = [mine + other for mine, other in zip(ids, their_ids, strict=True)]
+        assert dealt == ahead[0].ids[1:3], "one rank's order of problems, in two parts"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -235,25 +236,30 @@ def test_every_nth_sync_is_checked(tiny_model_path: Path, tmp_path: Path) -> Non
     assert engine.calls == 5 + 3
 
 
-class OneAtATime(FaultyTransformers):
-    concurrent = True  # with training
-    busy = False
+class Unhurried(FaultyTransformers):
+    """Draws rollouts ahead that each end after the first update of the one before."""
+
+    concurrent = True
+    aheads = 0
+
+    def __init__(self, steps: Steps) -> None:
+        super().__init__()
+        self.steps = steps
 
     def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
-        assert not self.busy, "the engine was asked while it answered"
-        self.busy = True
-        try:
-            time.sleep(0.2)  # longer than an update
-            return super().generate(*args, **kwargs)
-        finally:
-            self.busy = False
+        if threading.current_thread() is not threading.main_thread():
+            before, limit = 2 * self.aheads, time.monotonic() + 60
+            self.aheads += 1
+            while self.steps.taken <= before:
+                assert time.monotonic() < limit, "an update waits for the rollout ahead"
+                time.sleep(0.01)
+        return super().generate(*args, **kwargs)
 
 
 @pytest.mark.parametrize("fault", ["", "left out"])
-def test_with_rollouts_ahead_every_sync_is_checked_while_the_engine_is_free(
-    tiny_model_path: Path, tmp_path: Path, fault: str
-) -> None:
-    engine, steps = OneAtATime(), Steps()
+def test_every_sync_is_checked_while_a_rollout_is_drawn_ahead(tiny_model_path: Path, tmp_path: Path, fault: str) -> None:
+    steps = Steps()
+    engine = Unhurried(steps)
     engine.fault = fault
     data = make_data(tiny_model_path, engine=engine, plan=RolloutPlan(prompts=4, samples=4, updates=2, max_staleness=1))
     if fault:

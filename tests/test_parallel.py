@@ -7,39 +7,44 @@ import errno
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cppo_lightning.batch import RolloutBatch
+from cppo_lightning.callbacks import FailureCheckpoint
 from cppo_lightning.cli import main
-from cppo_lightning.errors import ConfigError
+from cppo_lightning.engines import TransformersEngine
+from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.export import _fill
 from cppo_lightning.lora import LoRA, without_adapters
 from cppo_lightning.losses import ReferenceKL
 from cppo_lightning.module import RLVRModule
 from cppo_lightning.policy import Policy
 from cppo_lightning.policy_config import PolicyConfig, check_precision
-from cppo_lightning.ranks import data_share
+from cppo_lightning.ranks import AllRanksError, data_share
 from cppo_lightning.replacing import standing
-from cppo_lightning.strategies import FSDP2, sharded_checkpoint
+from cppo_lightning.strategies import FSDP2, sharded_checkpoint, sharding
 from cppo_lightning.strategies.sharding import Sharding, _assign
 from cppo_lightning.trust_regions import PPOClip
 from cppo_lightning.untrusted import META, check_checkpoint
 from tests.rank_rig import on_ranks
 from tests.test_batch import make_batch
+from tests.test_fit import make_data
 from tests.test_untrusted import Trap
 
 pytestmark = pytest.mark.slow
@@ -75,10 +80,14 @@ def make(model: str, **settings: Any) -> RLVRModule:
     return RLVRModule(policy, PPOClip(0.9, 9.0), **{**defaults, **settings})
 
 
-def fit(module: RLVRModule, ranks: int, folder: str, epochs: int = 2, resume: str | None = None, **settings: Any) -> Trainer:
+def make_trainer(ranks: int, folder: str, **settings: Any) -> Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    defaults: dict[str, Any] = {"strategy": FSDP2(), "accelerator": "cpu", "devices": ranks, "max_epochs": epochs}
-    trainer = Trainer(**{**defaults, **quiet, **settings}, use_distributed_sampler=False, default_root_dir=folder)
+    defaults: dict[str, Any] = {"strategy": FSDP2(), "accelerator": "cpu", "devices": ranks}
+    return Trainer(**{**defaults, **quiet, **settings}, use_distributed_sampler=False, default_root_dir=folder)
+
+
+def fit(module: RLVRModule, ranks: int, folder: str, epochs: int = 2, resume: str | None = None, **settings: Any) -> Trainer:
+    trainer = make_trainer(ranks, folder, max_epochs=epochs, **settings)
     trainer.fit(module, DataLoader(Batches(trainer), batch_size=None), ckpt_path=resume, weights_only=True)
     return trainer
 
@@ -151,6 +160,20 @@ def test_each_rank_loads_its_shards_and_together_they_are_the_model(kind: str, t
     assert max(held) <= 0.51 * total  # rows that ranks do not divide
 
 
+def filled(config: PolicyConfig) -> None:
+    """What ``config`` says is put into a policy that was loaded with other attention, and given other values."""
+    torch.distributed.init_process_group("gloo")
+    policy, whole = (Policy.load(replace(config, attn_implementation="eager")) for _ in range(2))
+    for parameter in policy.parameters():
+        torch.nn.init.zeros_(parameter)
+    sharding._fill(policy, config)
+    assert all(torch.equal(ours, expected) for ours, expected in zip(policy.parameters(), whole.parameters(), strict=True))
+
+
+def test_the_one_rank_that_loads_a_model_whole_needs_no_attention_of_a_gpu(moe_path: Path) -> None:
+    on_ranks(1, filled, PolicyConfig(str(moe_path), attn_implementation="flash_attention_2"))
+
+
 def test_a_policy_without_weights_has_none_but_its_buffers(tiny_model_path: Path) -> None:
     policy = Policy.without_weights(PolicyConfig(str(tiny_model_path)))
     assert all(p.is_meta for p in policy.parameters())
@@ -175,6 +198,7 @@ def trained(model: str, ranks: int, folder: str, settings: dict[str, Any], run: 
         "reference": {name: tensor.clone() for name, tensor in reference.items()},
         "sharded": all(isinstance(p, DTensor) for p in module.parameters()),
         "dtypes": {str(tensor.dtype) for tensor in [*parameters, *states]},
+        "buffers": {name: tensor.clone() for name, tensor in module.named_buffers()},
         "trained": sum(p.numel() for p in parameters),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
@@ -218,6 +242,8 @@ def test_precision_says_what_is_held(
     )
     assert full["dtypes"] == {"torch.float32"}
     assert half["dtypes"] == held
+    assert full["buffers"]
+    assert_close(half["buffers"], full["buffers"], 0, 0)
     # four steps of 1e-3, whose sign bf16 may turn where gradients are small
     assert_close({n: t.float() for n, t in half["weights"].items()}, full["weights"], 0, atol)
     assert half["metrics"]["train/loss"] == pytest.approx(full["metrics"]["train/loss"], rel=0.05)
@@ -327,6 +353,25 @@ def test_a_checkpoint_in_one_file_resumes_in_shards(tiny_model_path: Path, tmp_p
         assert_close(found["weights"], whole, 1e-5, 1e-5)
     shallower = other_sizes(tiny_model_path, tmp_path / "shallower", num_hidden_layers=1, layer_types=["full_attention"])
     on_ranks(1, refused_on_load, shallower, str(tmp_path), "is of another model: it trains 25 parameters, this one 14")
+
+
+def weights_alone(model: str, folder: str, saved: Strategy, read: Strategy) -> None:
+    """Save no optimizer states, evaluate that, and try to go on from it."""
+    module, found, path = make(model), make(model), f"{folder}/half.ckpt"
+    fit(module, 1, folder, epochs=1, strategy=saved()).save_checkpoint(path, weights_only=True)
+    nothing = DataLoader([])  # type: ignore[arg-type]
+    make_trainer(1, folder, strategy=read()).validate(found, nothing, path, verbose=False, weights_only=True)
+    assert_close(weights(found), weights(module), 0, 0)
+    initial = dict(Policy.load(PolicyConfig(model)).named_weights())
+    assert any(not torch.equal(tensor, initial[name]) for name, tensor in weights(found).items()), "nothing was learned"
+    if read is FSDP2:
+        with pytest.raises(ConfigError, match=r"ckpt_path: .*half\.ckpt' holds weights alone, which can be evaluated"):
+            fit(make(model), 1, folder, resume=path)
+
+
+@pytest.mark.parametrize(("saved", "read"), [(FSDP2, FSDP2), (FSDP2, single), (single, FSDP2)])
+def test_weights_alone_can_be_evaluated(saved: Strategy, read: Strategy, tiny_model_path: Path, tmp_path: Path) -> None:
+    on_ranks(1, weights_alone, str(tiny_model_path), str(tmp_path), saved, read)
 
 
 @pytest.mark.parametrize("strategy", [single, FSDP2])
@@ -439,6 +484,41 @@ def test_a_save_that_is_cut_short_leaves_the_checkpoint_before(tiny_model_path: 
     on_ranks(1, cut_short, str(tiny_model_path), str(tmp_path))
 
 
+class Failing(Callback):
+    """Ends the run after its first step, and notes how it ends."""
+
+    def __init__(self) -> None:
+        self.ended: list[BaseException] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        raise AllRanksError("the engine is gone")
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.ended.append(exception)
+
+
+def disk_full(model: str, folder: str) -> list[str]:
+    """Rank 1 has no place for its shards; what is noted at the error that ends the run."""
+    write, failing = HuggingFaceStorageWriter.write_data, Failing()
+
+    def write_data(self: Any, *arguments: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments)
+
+    HuggingFaceStorageWriter.write_data = write_data  # type: ignore[method-assign]
+    with pytest.raises(AllRanksError, match="the engine is gone") as end:
+        fit(make(model), 2, folder, callbacks=[FailureCheckpoint(folder), failing])
+    assert failing.ended == [end.value], "later callbacks are told"
+    return end.value.__notes__
+
+
+def test_a_full_disk_does_not_hide_why_the_run_ended(tiny_model_path: Path, tmp_path: Path) -> None:
+    reason = f"the checkpoint '{tmp_path}/after_failure.ckpt' cannot be written: rank 1: OSError(28, 'No space left on device')"
+    for (note,) in on_ranks(2, disk_full, str(tiny_model_path), str(tmp_path)):
+        assert note == f"the run could not be saved in '{tmp_path}/after_failure.ckpt': {reason}"
+
+
 def exchange_fails(patch: pytest.MonkeyPatch, number: int | None) -> None:
     """The kernel answers with an error, or the C library has no such function."""
 
@@ -547,3 +627,33 @@ def test_two_ranks_from_the_command_line_and_one_goes_on(tiny_model_path: Path, 
     (later,) = tmp_path.glob("runs/debug/version_1/checkpoints/*.ckpt")
     steps = [torch.load(folder / META, weights_only=True)["global_step"] for folder in (checkpoint, later)]
     assert 0 < steps[0] < steps[1]
+
+
+class TakesNoMore(TransformersEngine):
+    """On rank 1 its second load breaks off behind the first parameter."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if version and torch.distributed.get_rank() == 1:
+            next(iter(weights))
+            raise RolloutError("the engine is full")
+        super().load_weights(weights, version)
+
+
+def _load_breaks_off(model: str, folder: str) -> str:
+    data = make_data(Path(model), engine=TakesNoMore())
+    trainer = make_trainer(
+        2, folder, strategy=FSDP2(timeout=timedelta(seconds=60)), max_epochs=2, callbacks=[FailureCheckpoint()]
+    )
+    try:
+        trainer.fit(make(model, reference_kl=None), datamodule=data)
+    except AllRanksError as error:
+        return str(error)
+    finally:
+        data.close()
+    return "it went on"
+
+
+def test_a_load_that_breaks_off_on_one_rank_ends_all_and_saves(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Each parameter is gathered from all ranks, which wait for those that have failed."""
+    assert on_ranks(2, _load_breaks_off, str(tiny_model_path), str(tmp_path)) == ["rank 1: the engine is full"] * 2
+    check_checkpoint(str(tmp_path / "checkpoints" / "after_failure.ckpt"))

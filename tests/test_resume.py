@@ -192,6 +192,9 @@ def test_the_rest_of_a_rollout_keeps_its_updates(tiny_model_path: Path, tmp_path
     with pytest.raises(ConfigError, match=r"was sampled at temperature 1\.0, and data\.sampling\.temperature is 2\.0: go on"):
         run(tiny_model_path, tmp_path, 0, 1, resume=tmp_path / "update_1.ckpt", **warmer)
     run(tiny_model_path, tmp_path, 0, 2, resume=tmp_path / "rollout_2.ckpt", **warmer)
+    run(tiny_model_path, tmp_path, 1, 1, callbacks=[Saving(tmp_path)])
+    with pytest.raises(ConfigError, match=r"with data\.plan\.max_staleness 1, .* too old for 0: go on with 1, or from a check"):
+        run(tiny_model_path, tmp_path, 0, 1, resume=tmp_path / "update_1.ckpt")
 
 
 def test_metrics_of_a_rollout_are_those_of_all_its_updates(tiny_model_path: Path, tmp_path: Path) -> None:
@@ -246,7 +249,7 @@ def test_a_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
     assert Unfinished.from_state(Unfinished().state_dict()) == Unfinished()
 
 
-def held_by(rank: int) -> Unfinished:
+def held_by(rank: int, passes: int = 1) -> Unfinished:
     """Four groups, of which three are dealt to two updates, and a rollout ahead; problems have numbers of their own."""
 
     def named(rollout: Rollout, prefix: str) -> Rollout:
@@ -254,8 +257,8 @@ def held_by(rank: int) -> Unfinished:
         return replace(rollout, samples=samples)
 
     dealt = named(make_rollout([[0, 1], [1, 1], [1, 0], [0, 1]]), "p")
-    advantages = torch.arange(8.0).view(4, 2) + 100 * rank
-    return Unfinished(Hand(dealt, advantages, [[0, 2], [3]], 1), named(make_rollout([[0, 1]] * 3), "n"), {"rank": rank})
+    hand = Hand(dealt, torch.arange(8.0).view(4, 2) + 100 * rank, [[0, 2], [3]] * passes, 1)
+    return Unfinished(hand, named(make_rollout([[0, 1]] * 3), "n"), {"rank": rank})
 
 
 def dealt(hand: Hand, update: int) -> list[tuple[str, float]]:
@@ -268,13 +271,14 @@ def dealt(hand: Hand, update: int) -> list[tuple[str, float]]:
     ]
 
 
+@pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_any_number_of_ranks_goes_on_with_the_same_updates(ranks: int) -> None:
-    parts = [held_by(0), held_by(1)]
+def test_any_number_of_ranks_goes_on_with_the_same_updates(ranks: int, passes: int) -> None:
+    parts = [held_by(0, passes), held_by(1, passes)]
     found = [for_rank(parts, rank, ranks) for rank in range(ranks)]
     hands = [part.hand for part in found if part.hand is not None]
     assert len(hands) == ranks
-    for update in (0, 1):
+    for update in range(2 * passes):
         theirs = Counter(pair for part in parts if part.hand for pair in dealt(part.hand, update))
         assert Counter(pair for hand in hands for pair in dealt(hand, update)) == theirs
         assert max(len(h.shares[update]) for h in hands) - min(len(h.shares[update]) for h in hands) <= 1
@@ -535,3 +539,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_a_model_is_loaded(
         assert message in error
     with pytest.raises(AssertionError, match="a model was loaded"):
         main(["fit", "--config", DEBUG, "--ckpt_path=last", *KEEPER])
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_only_training_begins_anew_where_there_is_no_last_checkpoint(subcommand: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [RunCheckpoint(dirpath=tmp_path, save_last=True)], enable_checkpointing=True)
+    assert checkpoint_path(trainer, "fit", "last") is None
+    with pytest.raises(ConfigError, match=f"ckpt_path: 'last' stands for the latest .*; give {subcommand} the file"):
+        checkpoint_path(trainer, subcommand, "last")
+    (tmp_path / "last.ckpt").touch()
+    assert checkpoint_path(trainer, subcommand, "last") == str(tmp_path / "last.ckpt")

@@ -188,7 +188,7 @@ def test_a_checkpoint_in_one_file_goes_on_with(tiny_model_path: Path, tmp_path: 
     assert_close(found["weights"], whole, 1e-5, 1e-5)
 
 
-SETTINGS = drawn_with(RolloutPlan(), Sampling(), 0, 0)
+SETTINGS = drawn_with(RolloutPlan(), Sampling(), 0, 0, "")
 
 
 def went_on(state: Any, sampling: tuple[int, int], training: tuple[int, int]) -> Unfinished:
@@ -210,7 +210,7 @@ def test_what_pairs_of_ranks_hold_goes_on_in_pairs_and_alone(monkeypatch: pytest
     monkeypatch.setattr(progress, "on_rank_zero", lambda _: [(rank // 2, mine.state_dict()) for rank, mine in enumerate(held)])
     rollouts: Any = SimpleNamespace(position=7, ready=lambda seconds: None)
     stream: Any = SimpleNamespace(hand=None)
-    state = Progress(rollouts, stream, (0, 4), (0, 2), SETTINGS).state_dict(0, None)
+    state = Progress(rollouts, stream, (0, 4), (0, 2), SETTINGS).state_dict(0, 0.0)
     assert [part["hand"] is None for part in state["ranks"]] == [False, True, False, True]
     for rank, mine in enumerate(held):
         found = went_on(state, (rank, 4), (rank // 2, 2))

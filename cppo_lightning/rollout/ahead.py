@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cppo_lightning.interrupts import INTERRUPTS
-from cppo_lightning.ranks import on_all_ranks
+from cppo_lightning.ranks import on_all_ranks, on_every_rank
 from cppo_lightning.rollout.background import Background
 from cppo_lightning.rollout.stream import refilled
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from cppo_lightning.verifiers.base import Problem
 
 _STOP_SECONDS = 5.0
+_POLL_SECONDS = 0.1
 
 
 class TrainingRollouts:
@@ -33,7 +35,8 @@ class TrainingRollouts:
         refills: the same problems in another order.
         plan: sizes, and whether to draw ahead.
         ranks: this rank's number, and how many there are.
-        sync: hands the policy's current weights to the engine, in the thread that trains.
+        sync: hands the policy's current weights to the engine, in the thread that trains, on all ranks and with nothing being
+            drawn on any: ranks may share servers, and what hands over may be a collective.
         sample: draws and judges responses to problems, with a seed.
         seed: the seed for a purpose.
     """
@@ -67,24 +70,38 @@ class TrainingRollouts:
         Raises:
             RolloutError: it could not be drawn, or the one after it not be begun; ``position`` stays.
         """
-        rollout = on_all_ranks(lambda: self._next(another))
-        self.position += self._plan.prompts
+        # ranks agree before each sync: one that has failed, or has a rollout when another has none, would miss its collectives
+        rollout = on_all_ranks(self._take)
+        if not all(on_every_rank(rollout is not None)):
+            on_all_ranks(self._sync)
+            rollout = on_all_ranks(lambda: self._draw(self.position))
+        assert rollout is not None
+        following = self.position + self._plan.prompts
+        if another and self._plan.max_staleness:
+            on_all_ranks(self._sync)  # not in the thread: the policy's weights stand still here alone
+            self._ahead = following, Background(lambda: self._draw(following), name="rollout ahead")
+        self.position = following
         return rollout
 
     def wait(self) -> None:
-        """Return once the engine is free: nothing is being drawn."""
+        """Return once this rank's engine is free: nothing is being drawn.  Signals end it at once."""
         if self._ahead is not None:
-            self._ahead[1].wait()
+            with INTERRUPTS.at_once():
+                self._ahead[1].wait()
 
-    def ready(self, seconds: float | None = None) -> Rollout | None:
+    def ready(self, seconds: float) -> Rollout | None:
         """The rollout that ``next`` would hand out without drawing; None where there is none.
 
         Args:
-            seconds: how long to wait for one that is being drawn; None until it is there or has failed.
+            seconds: how long to wait for one that is being drawn and has not failed; a signal that is deferred ends the wait.
         """
         if self._ahead is None or self._ahead[0] != self.position:
             return None
-        return self._ahead[1].outcome(seconds)
+        ahead, until = self._ahead[1], time.monotonic() + seconds
+        while not ahead.wait(_POLL_SECONDS) and time.monotonic() < until:
+            if INTERRUPTS.deferred and INTERRUPTS.received is not None:
+                break
+        return ahead.outcome()
 
     def restore(self, position: int, ready: Rollout | None) -> None:
         """Go on where a run with this ``position`` and this rollout ``ready`` ended; without staleness it is drawn again."""
@@ -98,18 +115,13 @@ class TrainingRollouts:
         if self._ahead is not None and self._ahead[1].stop(_STOP_SECONDS):
             self._ahead = None
 
-    def _next(self, another: bool) -> Rollout:
+    def _take(self) -> Rollout | None:
+        """The rollout ahead, once it is there, which is forgotten here; None where none was begun."""
         if self._ahead is None:
-            self._sync()
-            rollout = self._draw(self.position)
-        else:
-            with INTERRUPTS.at_once():
-                rollout = self._ahead[1].result()
-            self._ahead = None
-        if another and self._plan.max_staleness:
-            self._sync()  # not in the thread: the policy's weights stand still here alone
-            following = self.position + self._plan.prompts
-            self._ahead = following, Background(lambda: self._draw(following), name="rollout ahead")
+            return None
+        with INTERRUPTS.at_once():
+            rollout = self._ahead[1].result()
+        self._ahead = None
         return rollout
 
     def _draw(self, start: int) -> Rollout:
@@ -126,7 +138,9 @@ class TrainingRollouts:
         return refilled(rollout, len(problems), self._plan.max_refills, refill)
 
     def _share(self, order: PromptOrder, start: int) -> list[Problem]:
-        """This rank's part of the ``plan.prompts`` problems that begin at ``start``."""
-        order.position = start
+        """This rank's part of the ``plan.prompts`` problems that begin at ``start``: neighbours, for a mixture's shares hold
+        among them, while of every nth some rank may get one set alone."""
         rank, ranks = self._ranks
-        return order.take(self._plan.prompts)[rank::ranks]
+        part = self._plan.prompts // ranks
+        order.position = start + rank * part
+        return order.take(part)

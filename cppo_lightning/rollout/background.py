@@ -24,17 +24,16 @@ class Background(Generic[T]):
         self._thread = threading.Thread(target=self._run, args=(call,), name=name, daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return once the call has ended, however it ended."""
-        wait([self._future])
+    def wait(self, seconds: float | None = None) -> bool:
+        """Return once the call has ended, however it ended, or after ``seconds``; whether it has ended."""
+        return bool(wait([self._future], seconds).done)
 
     def result(self) -> T:
         """What the call returns, or raises; waits for it."""
         return self._future.result()
 
-    def outcome(self, seconds: float | None) -> T | None:
-        """What the call returned; None if it has not ended ``seconds`` from now (None: waits for it), or has raised."""
-        wait([self._future], seconds)
+    def outcome(self) -> T | None:
+        """What the call has returned by now; None if it has not ended, or has raised."""
         return self._future.result() if self._future.done() and self._future.exception() is None else None
 
     def stop(self, seconds: float) -> bool:

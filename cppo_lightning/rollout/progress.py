@@ -25,7 +25,7 @@ class Progress:
         stream: cuts them into minibatches.
         sampling: this rank's number among those that sample problems of their own, and how many these are.
         training: its number among those that train on rollouts of their own, and how many these are.
-        drawn_with: what rollouts depend on besides problems and weights.
+        drawn_with: what rollouts depend on besides weights.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Progress:
         stream: RolloutStream,
         sampling: tuple[int, int],
         training: tuple[int, int],
-        drawn_with: Mapping[str, float],
+        drawn_with: Mapping[str, float | str],
     ) -> None:
         self.rollouts = rollouts
         self.stream = stream
@@ -42,14 +42,14 @@ class Progress:
         self.training = training
         self.drawn_with = drawn_with
 
-    def state_dict(self, trained: int | None, seconds: float | None) -> dict[str, Any]:
+    def state_dict(self, trained: int | None, seconds: float) -> dict[str, Any]:
         """Tensors and plain values; ``ranks``, and which of them are ``leading`` and keep their hands, are None but on rank 0.
 
         Every rank must call it.
 
         Args:
             trained: updates that have been taken on the stream's rollout; None if it has none left.
-            seconds: how long to wait for a rollout that is being drawn ahead; None until it is there.
+            seconds: how long to wait for a rollout that is being drawn ahead; a signal that is deferred ends the wait.
         """
         hand = self.stream.hand
         mine = Unfinished(
@@ -70,20 +70,26 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave on rank 0, on any number of ranks.
 
-        A rollout ahead that was drawn with other settings is drawn again.
+        A rollout ahead that was drawn with other settings, or of other problems, is drawn again.
 
         Raises:
-            ConfigError: it is in the middle of a rollout with another number of updates, temperature or anchor, or without the
-                top-K that the trust region reads.
+            ConfigError: it is in the middle of a rollout with another number of updates, temperature or anchor, without the
+                top-K that the trust region reads, or drawn ahead, for a run that draws none ahead.
         """
         parts = [Unfinished.from_state(part) for part in state["ranks"]]
         sampled = for_rank(parts, *self.sampling)
         trained = for_rank([parts[rank] for rank in state["leading"]], *self.training)
-        before, now = state["drawn_with"]["temperature"], self.drawn_with["temperature"]
-        if trained.hand is not None and before != now:
+        before, now = state["drawn_with"], self.drawn_with
+        if trained.hand is not None and before["temperature"] != now["temperature"]:
             raise ConfigError(
-                f"the checkpoint holds the rest of a rollout that was sampled at temperature {before}, and "
-                f"data.sampling.temperature is {now}: go on with {before}, or from a checkpoint between two rollouts"
+                f"the checkpoint holds the rest of a rollout that was sampled at temperature {before['temperature']}, and "
+                f"data.sampling.temperature is {now['temperature']}: go on with {before['temperature']}, or from a checkpoint "
+                "between two rollouts"
             )
-        self.rollouts.restore(state["prompt_position"], sampled.ahead if state["drawn_with"] == self.drawn_with else None)
+        if trained.hand is not None and before.get("max_staleness", 0) and not now["max_staleness"]:  # older files lack it
+            raise ConfigError(
+                "the checkpoint holds the rest of a rollout of a run with data.plan.max_staleness 1, whose samples may be too "
+                "old for 0: go on with 1, or from a checkpoint between two rollouts"
+            )
+        self.rollouts.restore(state["prompt_position"], sampled.ahead if before == now else None)
         self.stream.restore(trained.hand, sampled.generators)

@@ -82,7 +82,8 @@ def for_rank(parts: Sequence[Unfinished], rank: int, ranks: int) -> Unfinished:
     ahead = None
     if len(aheads) == len(parts):
         ahead = joined(aheads)
-        ahead = _part(ahead, range(len(ahead.groups()))[rank::ranks])
+        groups = len(ahead.groups())
+        ahead = _part(ahead, range(groups * rank // ranks, groups * (rank + 1) // ranks))
     return Unfinished(_dealt_anew(hands, rank, ranks) if len(hands) == len(parts) else None, ahead)
 
 
@@ -93,7 +94,7 @@ def _dealt_anew(hands: Sequence[Hand], rank: int, ranks: int) -> Hand:
     shares = [[start + g for start, hand in zip(starts, hands, strict=False) for g in hand.shares[u]] for u in updates]
     idle = sorted(set(range(starts[-1])) - {g for share in shares for g in share})
     mine = [share[rank::ranks] for share in shares]
-    groups = sorted([*(g for share in mine for g in share), *idle[rank::ranks]])
+    groups = sorted({g for share in mine for g in share} | set(idle[rank::ranks]))  # each pass has the same shares
     number = {g: i for i, g in enumerate(groups)}
     return Hand(
         _part(rollout, groups),

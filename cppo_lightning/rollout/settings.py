@@ -73,10 +73,12 @@ def check_same_on_ranks(fingerprints: Sequence[str]) -> None:
             )
 
 
-def drawn_with(plan: RolloutPlan, sampling: Sampling, top_k: int, seed: int) -> dict[str, float]:
-    """What a rollout depends on besides problems and weights: one that was drawn ahead with other settings is of no use."""
-    of_plan = {"prompts": plan.prompts, "samples": plan.samples, "max_refills": plan.max_refills}
-    return {**of_plan, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_k": top_k, "seed": seed}
+def drawn_with(plan: RolloutPlan, sampling: Sampling, top_k: int, seed: int, fingerprint: str) -> dict[str, float | str]:
+    """What a rollout, and how old its samples may be, depends on besides weights: one that was drawn ahead with other settings,
+    or of problems with another fingerprint, is of no use."""
+    of_plan = {name: getattr(plan, name) for name in ("prompts", "samples", "max_refills", "max_staleness", "steps")}
+    of_sampling = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_k": top_k, "seed": seed}
+    return {**of_plan, **of_sampling, "fingerprint": fingerprint}
 
 
 def check_training(plan: RolloutPlan, ranks: int, anchor: Anchor) -> None:

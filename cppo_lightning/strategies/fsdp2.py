@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,8 +107,7 @@ class FSDP2(ModelParallelStrategy):
 
     def load_policy(self, config: PolicyConfig) -> Policy:
         """The policy of ``config``, of which this rank has its shards alone.  Every rank must call this."""
-        half = self.precision_plugin.precision == "bf16-true"
-        return self._sharding.load(replace(config, dtype="bfloat16") if half else config)
+        return self._sharding.load(config)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a folder ``filepath``, which is there whole or not at all.  Every rank must call this."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.tensor import DTensor
 
 from cppo_lightning.errors import ConfigError
-from cppo_lightning.ranks import from_rank_zero
+from cppo_lightning.ranks import AllRanksError, from_rank_zero
 from cppo_lightning.replacing import put, standing
 from cppo_lightning.resume import check_same_model
 from cppo_lightning.strategies.sharding import copy_part
@@ -47,7 +48,8 @@ def save(checkpoint: dict[str, Any], folder: Path, model: nn.Module) -> None:
     What has the name before stays until then, and a run that is killed meanwhile leaves it.
 
     Raises:
-        Exception: on every rank, if one cannot write.
+        AllRanksError: on every rank, if one cannot write its shards.
+        Exception: on rank 0, which cannot make the folder or write the rest; the others raise :class:`RolloutError` then.
     """
     unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     # files must not hold a tensor twice, and the reference is in none
@@ -67,7 +69,11 @@ def save(checkpoint: dict[str, Any], folder: Path, model: nn.Module) -> None:
 
     from_rank_zero(begin)
     writer = HuggingFaceStorageWriter(str(unfinished), fqn_to_index_mapping=_files(shards), save_distributed=True)
-    save_tensors(shards, storage_writer=writer)
+    try:
+        save_tensors(shards, storage_writer=writer)
+    except CheckpointException as error:  # no Exception: it would pass by whatever ends a run in order
+        reasons = "; ".join(f"rank {rank}: {failure!r}" for rank, (failure, _) in error.failures.items())
+        raise AllRanksError(f"the checkpoint {str(folder)!r} cannot be written: {reasons}") from error
     from_rank_zero(finish)
 
 
@@ -90,12 +96,18 @@ def load(path: Path, rest: Mapping[str, Any], model: nn.Module, optimizers: Iter
     frozen, and stay as they are: the reference is one.
 
     Raises:
-        ConfigError: something that is trained is missing, or the model has no place for what is there.
+        ConfigError: something that is trained is missing, or the model has no place for what is there, or there are optimizers
+            and only weights.
     """
     weights = cast("dict[str, Tensor]", get_model_state_dict(model))
     states = [get_optimizer_state_dict(model, optimizer) for optimizer in optimizers]
-    # an evaluation has no optimizer
-    plain = list(rest["optimizer_states"])[: len(states)]
+    # an evaluation has no optimizer, and a checkpoint may hold weights alone
+    plain = list(rest.get("optimizer_states", []))[: len(states)]
+    if len(plain) < len(states):
+        raise ConfigError(
+            f"ckpt_path: {str(path)!r} holds weights alone, which can be evaluated and exported; a run that begins with them "
+            "takes what export writes as its model.policy.path"
+        )
     tied = _tied(model)
     once = {name: tensor for name, tensor in weights.items() if name not in tied}
     wanted = dict(_tensors({"state_dict": once, "optimizer_states": states}, DTensor))
@@ -139,7 +151,9 @@ def _whole(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         place[last] = tensor
     rest["state_dict"] |= {name: rest["state_dict"][first] for name, first in rest[_TIED].items()}
-    return {**rest, "optimizer_states": [_by_number(state) for state in rest["optimizer_states"]]}
+    if "optimizer_states" in rest:  # else it holds weights alone
+        rest["optimizer_states"] = [_by_number(state) for state in rest["optimizer_states"]]
+    return rest
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

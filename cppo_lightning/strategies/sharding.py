@@ -111,7 +111,8 @@ def _fill(policy: Policy, config: PolicyConfig) -> None:
     if folder is not None:
         load_tensors(values, storage_reader=HuggingFaceStorageReader(folder))
         return
-    whole = on_all_ranks(lambda: Policy.load(replace(config, lora=None)).model if is_rank_zero() else None)
+    plain = replace(config, lora=None, attn_implementation="eager")  # the run's may need its GPU
+    whole = on_all_ranks(lambda: Policy.load(plain).model if is_rank_zero() else None)
     weights = None if whole is None else {**dict(whole.named_buffers()), **dict(whole.named_parameters())}
     for name, tensor in values.items():
         _assign(tensor, torch.empty(tensor.shape) if weights is None else weights[name])

@@ -1,13 +1,24 @@
-"""Which strategies a policy can be trained under, and what Lightning's own ones need for it."""
+"""Which strategies a policy can be trained under, and what Lightning's own ones and its precisions need for it."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.strategies.fsdp2 import FSDP2
+
+
+class WeightsInBF16(Precision):
+    """``trainer.precision: bf16-true``: the policy is loaded in bfloat16 (:meth:`PolicyConfig.under`), and nothing is rounded.
+
+    Lightning's own would round the model's buffers too, so that rotary positions are others than the engine's; batches, and
+    with log mu every ratio; and, by torch's default dtype, what a trust region computes from positions.
+    """
+
+    precision = "bf16-true"
 
 
 def check_strategy(strategy: Strategy) -> None:

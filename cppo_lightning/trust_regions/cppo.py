@@ -131,11 +131,11 @@ class CPPO(TrustRegion):
     def position_weight(self, mask: Tensor, position: Tensor | None = None) -> Tensor:
         """w_t (Eq. 9) ``[B, T]`` float32, 0 where masked: from 1 at the first trainable token to ``w_min`` at its last.
 
-        ``position``: the 0-based position ``[B, T]`` to take it at, None for a token's own.
+        ``position``: the 0-based position ``[B, T]``, integers, to take it at, None for a token's own.
         """
         position = positions(mask) if position is None else position
         last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)
-        return (position * float(1 - self.w_min)).div_(last).neg_().add_(1).masked_fill_(~mask, 0.0)
+        return position.float().mul_(1 - self.w_min).div_(last).neg_().add_(1).masked_fill_(~mask, 0.0)
 
     def budget(self, divergence: Tensor, mask: Tensor) -> Tensor | None:
         """delta_b of each response (Eq. 22) and ``noise``, ``[B]`` float32; None for no prefix budget."""
