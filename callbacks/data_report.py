@@ -94,7 +94,7 @@ def _print(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
         table.add_column(name, justify="left" if name in ("set", "fingerprint") else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(emoji=False)  # data.jsonl:100: is a file and its line
     console.print(table, markup=False, highlight=False)
     for note in notes:
         # ids and paths are to be copied from one line

@@ -15,6 +15,7 @@ from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import log_metrics
 from cppo_lightning.prompts import PromptSource
 from cppo_lightning.ranks import on_all_ranks, sampling_share
+from cppo_lightning.resume import updates_taken
 from cppo_lightning.rollout.answers import conclude
 from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream, check_counts, check_sets, check_temperature
 from cppo_lightning.verifiers.base import Problem
@@ -116,20 +117,25 @@ class EvalAccuracy(Callback):
         self._problems = {name: data.load(source, name, self.max_tokens) for name, source in self.datasets.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs once before the first rollout: evaluates the initial policy, unless a checkpoint brought its accuracy along."""
-        if self.at_start and not self.history:
+        """Runs once before the first rollout: evaluates the initial policy, unless a checkpoint brought its accuracy along, or
+        a checkpoint's policy, if that was due and was cut off.
+        """
+        if (self.at_start and not self.history) or self._overdue(trainer):
             self.evaluate(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after each rollout's last update, before checkpoints that monitor a metric are written."""
-        rollouts = trainer.current_epoch + 1
-        if rollouts % self.every_n_rollouts == 0 or (self.at_end and rollouts == trainer.max_epochs):
+        if self._due(trainer, trainer.current_epoch + 1):
             self.evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs once after training: evaluates a run that ended early, by steps, time or a stop from elsewhere."""
-        if self.at_end and (not self.history or self.history[-1][0] != trainer.global_step):
+        if self._overdue(trainer) or (self.at_end and not self._evaluated(trainer)):
             self.evaluate(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs last, also where a checkpoint leaves nothing to train and Lightning passes over the hooks above."""
+        self.on_train_end(trainer, pl_module)
 
     def evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Sample, judge, keep and log every set with the policy's current weights; every rank must call it."""
@@ -146,6 +152,18 @@ class EvalAccuracy(Callback):
         self._draw(trainer)
         notify(trainer, "on_evaluation_end", metrics)
         return metrics
+
+    def _due(self, trainer: Trainer, rollouts: int) -> bool:
+        """Whether the weights after so many rollouts are to be evaluated."""
+        return rollouts % self.every_n_rollouts == 0 or (self.at_end and rollouts == trainer.max_epochs)
+
+    def _overdue(self, trainer: Trainer) -> bool:
+        """Whether the run stands between two rollouts and lacks the evaluation due there, which an interrupt has cut off."""
+        rollouts, within = trainer.current_epoch, updates_taken(trainer.fit_loop.epoch_loop.batch_progress)
+        return rollouts > 0 and not within and self._due(trainer, rollouts) and not self._evaluated(trainer)
+
+    def _evaluated(self, trainer: Trainer) -> bool:
+        return bool(self.history) and self.history[-1][0] == trainer.global_step
 
     def _evaluation(self, data: RolloutData, ranks: int) -> Evaluation:
         at_once = data.plan.prompts * data.plan.samples // (self.samples * ranks)

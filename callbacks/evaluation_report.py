@@ -58,9 +58,9 @@ class EvaluationReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs last, when the line of progress is gone: prints the table."""
         if trainer.is_global_zero and self.scores is not None:
-            console = Console()
+            console = Console(emoji=False)
             if not console.is_terminal:
-                console = Console(width=_WIDTH)
+                console = Console(width=_WIDTH, emoji=False)
             console.print(score_table(self.scores, self._step), markup=False)
             # not in the table: a path is to be copied from one line
             console.print(f"answers: {self._folder}/*/step={self._step}.parquet", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ class Explain(Callback):
 
     Each rule speaks once in a run, resumed or not, when its condition is first met; its text in TensorBoard is
     ``explain/<rule>``.  Rules read the metrics that the module and other callbacks log, over all ranks, so one that watches
-    what nobody logs is silent.  The rules that are there, and their thresholds: ``cppo_lightning.callbacks.explanations``.
+    what nobody logs is silent; a metric that is NaN counts as not logged.  The rules that are there, and their thresholds:
+    ``cppo_lightning.callbacks.explanations``.
 
     Args:
         rules: by name, rules that are put beside those that are there, or in the place of one; null takes one away.
@@ -47,11 +49,12 @@ class Explain(Callback):
         """Runs after metrics that belong together were logged: asks the rules that watch some of them."""
         if not trainer.is_global_zero:
             return
-        self._latest.update(metrics)
-        asked = {name: rule for name, rule in self.rules.items() if metrics.keys() >= set(rule.watches)}
+        known = {tag: value for tag, value in metrics.items() if not math.isnan(value)}  # NaN is neither above nor below
+        self._latest.update(known)
+        asked = {name: rule for name, rule in self.rules.items() if known.keys() >= set(rule.watches)}
         for name, rule in asked.items():
             for tag in rule.watches:
-                self._first.setdefault(tag, metrics[tag])
+                self._first.setdefault(tag, known[tag])
             if name in self.told:
                 continue
             explanation = rule(Seen(step, self._latest, self._first, lambda key: setting(trainer, key)))

@@ -57,7 +57,7 @@ class Mismatch(FirstUpdateMetrics):
 
     Rollouts from weights that are older than the policy at their first update are left out: learning would count as numerics.
     With ``data.plan.max_staleness`` 1 these are all but a run's first, and what numerics do later is only seen by
-    :class:`WeightSyncCanary`, which draws its texts after a sync (and waits for the rollout ahead to do so).
+    :class:`WeightSyncCanary`, which draws its texts after a sync.
 
     Args:
         bins: number of equal slices of a response's own length for ``logp_gap_at``.
@@ -75,7 +75,7 @@ class Mismatch(FirstUpdateMetrics):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Runs before the model is loaded: notes the token threshold, which gates do not carry."""
-        self._delta = getattr(getattr(pl_module, "trust_region", None), "delta", None)
+        self._delta = getattr(getattr(pl_module, "trust_region", None), "token_threshold", None)
 
     def totals(self, stats: TokenStats, gate: Gate) -> Totals:
         return mismatch_totals(stats, gate, self._delta, self.bins)
@@ -107,6 +107,7 @@ def mismatch_totals(stats: TokenStats, gate: Gate, delta: float | None, bins: in
         totals["mismatch/threshold_spent_mean"] = masked_total(spent, mask)
     if "budget_spent" in found:
         totals["mismatch/budget_spent_mean"] = masked_total(found["budget_spent"], real)
+    if found.keys() >= {"divergence", "delta_b"}:
         adds = found["delta_b"][:, None].expand_as(mask)
         totals["mismatch/budget_rate"] = masked_total(found["divergence"] / adds, mask & (adds > 0))
     return totals

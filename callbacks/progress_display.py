@@ -24,7 +24,7 @@ class ProgressDisplay:
     """
 
     def __init__(self, line: Callable[[], ProgressLine], refresh_per_second: float) -> None:
-        self.console = Console()
+        self.console = Console(emoji=False)
         self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._live: Live | None = None
         self._printed = time.monotonic()

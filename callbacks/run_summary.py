@@ -30,8 +30,9 @@ MASK = "mask/rate"
 class RunSummary(Callback):
     """Prints, on rank zero: accuracy before and after, seconds per rollout, mask rate, where the logs are, what to try next.
 
-    Times and mask rates are of this process: a resumed run counts from where it was resumed.  "Verifying" is the time spent
-    waiting for verdicts after the last response, as most responses are judged while others are still being sampled.
+    Times and mask rates are of this process: a resumed run counts from where it was resumed, and a rollout that it was resumed
+    inside of has no times.  "Verifying" is the time spent waiting for verdicts after the last response, as most responses are
+    judged while others are still being sampled.
 
     Args:
         next_commands: shell commands to suggest.
@@ -42,8 +43,10 @@ class RunSummary(Callback):
         self.next_commands = list(next_commands or ())
         self._rollout_mask, self._run_mask = WeightedMeans([MASK]), WeightedMeans([MASK])
         self._mask_rates: list[float] = []  # one per rollout in which a step was taken
-        self._seconds: list[tuple[float, float, float]] = []  # sampling, verifying, updating, one per rollout
-        self._rollout_started = self._updates_started = self._updates_ended = 0.0
+        self._rollouts = 0
+        self._seconds: list[tuple[float, float, float]] = []  # sampling, verifying, updating, one per rollout seen whole
+        self._rollout_started: float | None = None
+        self._updates_started = self._updates_ended = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs before each rollout is sampled."""
@@ -68,12 +71,15 @@ class RunSummary(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after each rollout's last update, on every rank."""
+        self._rollouts += 1
+        self._mask_rates.extend(drain(self._rollout_mask, pl_module.device).values())
+        if self._rollout_started is None:
+            return  # resumed inside of this rollout, where Lightning tells of no start
         rollout = getattr(getattr(trainer, "datamodule", None), "rollout", None)
         waited = self._updates_started - self._rollout_started
         # of a rollout that was drawn ahead, most was over before it was wanted
         verifying = 0.0 if rollout is None else min(waited, rollout.seconds_verifying)
         self._seconds.append((waited - verifying, verifying, self._updates_ended - self._updates_started))
-        self._mask_rates.extend(drain(self._rollout_mask, pl_module.device).values())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs once after training and its last evaluation."""
@@ -85,7 +91,7 @@ class RunSummary(Callback):
         table.add_column(overflow="fold")
         for name, text in [*_accuracies(trainer), *self._rows(trainer, mean_mask)]:
             table.add_row(name, text)
-        console = Console()
+        console = Console(emoji=False)
         console.print(table, markup=False)
         for title, commands in (("Look at it", _tensorboard_commands(trainer)), ("Try next", self.next_commands)):
             if commands:
@@ -94,7 +100,7 @@ class RunSummary(Callback):
                 console.print(f"{title}:\n{lines}", markup=False, highlight=False, soft_wrap=True)
 
     def _rows(self, trainer: Trainer, mean_mask: float | None) -> list[tuple[str, str]]:
-        rows = [("rollouts, optimizer steps", f"{len(self._seconds)}, {trainer.global_step}")]
+        rows = [("rollouts, optimizer steps", f"{self._rollouts}, {trainer.global_step}")]
         if self._seconds:
             whole = statistics.median(map(sum, self._seconds))
             parts = [statistics.median(column) for column in zip(*self._seconds, strict=True)]

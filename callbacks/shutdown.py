@@ -18,7 +18,8 @@ class Shutdown(Callback):
     """Finishes the optimizer step in which Ctrl-C or SIGTERM comes, and ends ranks of which another has died.
 
     The command line gives it to every run, after the callbacks of the configuration.  Signals end a rollout or an evaluation
-    at once, on all ranks; what was sampled of it is drawn again by a run that goes on.
+    at once, on all ranks; what was sampled of it is drawn again by a run that goes on, and of an evaluation also by one that
+    has no rollout left.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +15,7 @@ from cppo_lightning.callbacks.reporting import rollout_data
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.history import SumHistory
 from cppo_lightning.positions import PositionBins, PositionSums, TokenWindow
+from cppo_lightning.ranks import data_sum
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -32,10 +34,12 @@ class TrustRegionFigures(Callback):
     ``figures/first_exhausted``: where in the responses of the last rollout the budget first ran out.
 
     D_t is the trust region's own divergence, or |pi - mu| of the sampled token where it has none.  What a trust region does not
-    have (a threshold, a budget), and what has not happened yet (a dropped token, a budget that ran out), is not drawn.
+    have (a threshold, a budget), and what has not happened yet (a dropped token, a budget that ran out), is not drawn.  Under
+    ``data.plan.passes`` above 1 a rollout's tokens and responses count in each pass.
 
     Args:
-        every_n_rollouts: rollouts between two pictures; the first rollout and the last one have theirs in any case.
+        every_n_rollouts: rollouts between two pictures; the first rollout has its own in any case, and so has the last
+            one, even where steps, time or an early stop cut it short.
         bins: bins of positions at most, of equal width up to ``data.sampling.max_tokens``.
         window: tokens in the threshold window.
         history: rows of the pictures over the run, at most; when they are full, rollouts are shown in twos, then in fours.
@@ -59,6 +63,7 @@ class TrustRegionFigures(Callback):
         self._update: PositionSums | None = None  # of the update under way, on this rank's device
         self._update_window: TokenWindow | None = None
         self._own = False  # whether gates have a divergence
+        self._undrawn: int | None = None  # number of the last rollout, until it has its pictures
         self._fits = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -106,9 +111,9 @@ class TrustRegionFigures(Callback):
         if self._update is None:
             self._update = PositionSums(self._bins, device=stats.mask.device)
         self._update.add(stats, gate, threshold)
-        if self._drawn(trainer):
-            window = TokenWindow.of(stats, gate, threshold, self.width)
-            self._update_window = window if self._update_window is None else self._update_window | window
+        # of every rollout, since any may turn out to be the last
+        window = TokenWindow.of(stats, gate, threshold, self.width)
+        self._update_window = window if self._update_window is None else self._update_window | window
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: RolloutBatch, batch_idx: int
@@ -116,34 +121,45 @@ class TrustRegionFigures(Callback):
         """Runs after each update, also a skipped one, on every rank: adds up over ranks; after a rollout's last it draws."""
         # here and not at the rollout's end, so that a checkpoint between two updates has all ranks' sums
         update = self._update or PositionSums(self._bins, device=pl_module.device)
-        self._rollout.flat += trainer.strategy.reduce(update.flat, reduce_op="sum").cpu()
-        if self._drawn(trainer):
-            window = self._update_window or TokenWindow.empty(self.width, pl_module.device)
-            for values in trainer.strategy.all_gather(window.values).cpu().view(-1, *window.values.shape):
-                self._window |= TokenWindow(values)
+        self._rollout.flat += data_sum(trainer, update.flat).cpu()
+        window = self._update_window or TokenWindow.empty(self.width, pl_module.device)
+        for values in trainer.strategy.all_gather(window.values).cpu().view(-1, *window.values.shape):
+            self._window |= TokenWindow(values)
         self._update = self._update_window = None
+        self._undrawn = trainer.current_epoch + 1
         if trainer.is_last_batch:
-            self._history.add(self._start, trainer.global_step, run_pictures.history_row(self._rollout))
-            if self._drawn(trainer) and trainer.is_global_zero:
-                self._write(trainer, pl_module)
+            self._add_to(self._history, trainer)
+            if trainer.current_epoch % self.every_n_rollouts == 0:
+                self._draw(trainer, pl_module, self._history)
 
-    def _drawn(self, trainer: Trainer) -> bool:
-        """Whether the rollout under way gets pictures."""
-        return trainer.current_epoch % self.every_n_rollouts == 0 or trainer.current_epoch + 1 == trainer.max_epochs
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs once after training: draws the last rollout if it has no pictures yet, as much of it as was trained on."""
+        if self._undrawn is None:
+            return
+        history = deepcopy(self._history)  # a run that goes on from here adds the whole rollout itself
+        if not trainer.is_last_batch:
+            self._add_to(history, trainer)
+        self._draw(trainer, pl_module, history)
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _add_to(self, history: SumHistory, trainer: Trainer) -> None:
+        history.add(self._start, trainer.global_step, run_pictures.history_row(self._rollout))
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule, history: SumHistory) -> None:
+        number, self._undrawn = self._undrawn, None
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not boards:
+        if not boards or not trainer.is_global_zero:
             return
         from cppo_lightning.figures.style import to_image
 
-        for name, figure in self._pictures(trainer, pl_module):
+        note = f"rollout {number}, steps {self._start} to {trainer.global_step}"
+        if rollout_data(trainer, type(self).__name__).plan.passes > 1:
+            note += ", each pass counted"
+        for name, figure in self._pictures(pl_module, history, note):
             pixels = to_image(figure)
             for board in boards:
                 board.experiment.add_image(f"figures/{name}", pixels, max(0, trainer.global_step - 1), dataformats="HWC")
 
-    def _pictures(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, Figure]]:
+    def _pictures(self, pl_module: LightningModule, history: SumHistory, note: str) -> Iterator[tuple[str, Figure]]:
         measure = run_pictures.measure_of(getattr(pl_module, "trust_region", None), self._own)
-        rollout = f"rollout {trainer.current_epoch + 1}, trained on in steps {self._start} to {trainer.global_step}"
-        yield from run_pictures.of_rollout(self._rollout, self._window, measure, rollout)
-        yield from run_pictures.of_run(self._history, self._bins, measure)
+        yield from run_pictures.of_rollout(self._rollout, self._window, measure, note)
+        yield from run_pictures.of_run(history, self._bins, measure)

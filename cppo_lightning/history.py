@@ -39,13 +39,20 @@ class SumHistory:
             self.ends[-1], self.rows[-1], self.in_last = end, self.rows[-1] + sums, self.in_last + 1
             return
         if len(self.rows) == self.limit:
-            self.starts, self.ends = self.starts[::2], self.ends[1::2]
-            self.rows = [first + second for first, second in zip(self.rows[::2], self.rows[1::2], strict=True)]
-            self.per_row *= 2
+            self._fold()
         self.starts.append(start)
         self.ends.append(end)
         self.rows.append(sums.clone())
         self.in_last = 1
+
+    def _fold(self) -> None:
+        """Add neighbours up; a last row that has none stays, to be filled."""
+        pairs = [slice(i, i + 2) for i in range(0, len(self.rows), 2)]
+        if len(self.rows) % 2 == 0:
+            self.in_last += self.per_row
+        self.starts, self.ends = self.starts[::2], [self.ends[pair][-1] for pair in pairs]
+        self.rows = [torch.stack(self.rows[pair]).sum(0) for pair in pairs]
+        self.per_row *= 2
 
     def table(self) -> Tensor:
         """The sums ``[R, C]``, one row at least.
@@ -59,6 +66,8 @@ class SumHistory:
         return {**{name: vars(self)[name] for name in ("per_row", "in_last", "starts", "ends")}, "rows": list(self.rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+        """Go on from what :meth:`state_dict` gave, in rows that hold more rollouts where there are more than ``limit``."""
         self.per_row, self.in_last = state["per_row"], state["in_last"]
         self.starts, self.ends, self.rows = list(state["starts"]), list(state["ends"]), list(state["rows"])
+        while len(self.rows) > self.limit:
+            self._fold()

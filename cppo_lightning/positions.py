@@ -42,9 +42,13 @@ class PositionBins:
 
 
 def token_divergence(stats: TokenStats, gate: Gate) -> Tensor:
-    """The trust region's D_t, or |pi - mu| of the sampled token where it has none: ``[B, T]``, 0 where masked."""
+    """The trust region's D_t, or |pi - mu| of the sampled token where it has none: ``[B, T]``, 0 where masked or not finite.
+
+    A forward pass may give NaN.  No step is taken on it, but its gates are seen before that is known.
+    """
     own = gate.diagnostics.get("divergence")
-    return BinaryTV()(stats) if own is None else own.masked_fill(~stats.mask, 0.0)
+    found = BinaryTV()(stats) if own is None else own
+    return found.where(stats.mask & found.isfinite(), 0.0)
 
 
 def token_limit(stats: TokenStats, gate: Gate, threshold: float) -> Tensor:
@@ -81,7 +85,7 @@ class PositionSums:
         self.dropped: Tensor = parts[3]  # [N] tokens
         self.exhausted: Tensor = parts[4]  # [E] responses whose budget first ran out there
         self.responses: Tensor = parts[5]  # [1] with a trainable token
-        self.budgets: Tensor = parts[6]  # [1] of these, how many had a prefix budget
+        self.budgets: Tensor = parts[6]  # [1] of these, how many had a prefix budget that is finite
         self.delta_b: Tensor = parts[7]  # [1] of their delta_b
         self.by_budget: Tensor = parts[8]  # [1] tokens that the budget dropped
 
@@ -100,8 +104,9 @@ class PositionSums:
             _scatter(self.limit, place, token_limit(stats, gate, threshold))
         self.responses += real.sum()
         if "delta_b" in found:
-            self.budgets += real.sum()
-            self.delta_b += found["delta_b"].masked_fill(~real, 0.0).sum(dtype=self.flat.dtype)
+            finite = real & found["delta_b"].isfinite()
+            self.budgets += finite.sum()
+            self.delta_b += found["delta_b"].where(finite, 0.0).sum(dtype=self.flat.dtype)
         if "masked_by_budget" in found:
             self.by_budget += (found["masked_by_budget"] & mask).sum()
         if "first_exhausted" in found:
@@ -174,15 +179,16 @@ class TokenWindow:
         mask, found = stats.mask, gate.diagnostics
         missing = torch.full_like(stats.logp, math.nan)
         limit = missing if threshold is None else token_limit(stats, gate, threshold)
-        weight, budget = found.get("token_weight"), "budget_allowed" in found
+        has_left = found.keys() >= {"budget_allowed", "threshold", "token_weight"}
+        has_spent = found.keys() >= {"budget_allowed", "weighted_divergence"}
         return {
             "position": mask.cumsum(-1) * mask,
             "divergence": token_divergence(stats, gate),
             "cause": causes(stats, gate),
             "limit": limit,
-            "effective": found["threshold"] / weight if budget and weight is not None else missing,
-            "spent": found["weighted_divergence"].cumsum(-1) if budget else missing,
-            "allowed": found["budget_allowed"] if budget else missing,
+            "effective": found["threshold"] / found["token_weight"] if has_left else missing,
+            "spent": found["weighted_divergence"].cumsum(-1) if has_spent else missing,
+            "allowed": found.get("budget_allowed", missing),
             "length": mask.sum(-1, keepdim=True).expand_as(mask),
         }
 

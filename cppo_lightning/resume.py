@@ -62,7 +62,7 @@ def set_generator_states(states: dict[str, Any]) -> None:
 
 
 def checkpoint_path(trainer: Trainer, subcommand: str, path: str) -> str | None:
-    """The file to begin with: ``path``, or what ``last`` and the like stand for; None where there is no last one.
+    """The file to begin with: ``path``, or what ``last`` and the like stand for; None where ``fit`` has no last one yet.
 
     Raises:
         ConfigError: the name stands for nothing in this run.
@@ -74,6 +74,11 @@ def checkpoint_path(trainer: Trainer, subcommand: str, path: str) -> str | None:
             f"ckpt_path: {path!r} stands for what this process has saved, which is nothing yet; give a file, or last for the "
             "latest in ModelCheckpoint's folder"
         ) from error
+    if found is None and subcommand != "fit":  # only training may begin anew: the others would take an untrained model
+        raise ConfigError(
+            f"ckpt_path: {path!r} stands for the latest in ModelCheckpoint's folder, where there is none; give {subcommand} "
+            "the file, such as runs/NAME/version_0/checkpoints/last.ckpt"
+        )
     return None if found is None else str(found)
 
 

@@ -22,7 +22,7 @@ The x-axis counts optimizer steps from 0. Where a value stands on it depends on 
 {axes}
 
 What `MaskRate`, `BudgetExhaustion`, `Divergence` and `Mismatch` saw of a step that was not taken, because it was not finite,
-stands at the number of the step before. With `max_staleness: 1`, `mismatch/` is of a run's first rollout alone.
+is not logged. With `max_staleness: 1`, `mismatch/` is of a run's first rollout alone.
 
 Healthy ranges are what the paper, the code's own limits or a measurement ([benchmarks.md](benchmarks.md)) support; "none known"
 means that nobody has established one. Callback `Explain` says in words when a number leaves its range. `TensorBoardLayout`

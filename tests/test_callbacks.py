@@ -29,6 +29,7 @@ from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import Totals, masked_total
 from cppo_lightning.prompts import DatasetPrompts, PromptSource
 from cppo_lightning.prompts.bad_rows import BadRows
+from cppo_lightning.resume import settle_loops
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.verifiers.base import Outcome, Problem
 from tests.callback_rig import UPDATES, Data, Module, events, scalars, stats_and_gate, trainer
@@ -96,6 +97,34 @@ class FirstOfRollout(GateMetrics):
 def test_a_value_is_logged_where_it_belongs_and_nowhere_else(tmp_path: Path) -> None:
     fit(tmp_path, [FirstOfRollout(["a"])], log_every_n_steps=50)
     assert scalars(tmp_path)["a"] == [(0, 1.0), (2, 1.0)]
+
+
+class TakesHalf(Module):
+    """Takes no step in the second batch of a rollout."""
+
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        self.taken = batch_idx == 0
+        super().training_step(batch, batch_idx)
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        return super().optimizers() if self.taken else SimpleNamespace(step=lambda: None)
+
+
+class NumberIfTaken(GateMetrics):
+    """The step's number, NaN for a step that will not be taken."""
+
+    def totals(self, stats: TokenStats, gate: Gate) -> Totals:
+        return {"a": (self.step, 1.0)}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.step = float(trainer.global_step) if batch_idx == 0 else float("nan")
+
+
+def test_nothing_is_logged_of_a_step_that_was_not_taken(tmp_path: Path) -> None:
+    run = trainer(tmp_path, [NumberIfTaken(["a"])], rollouts=3)
+    run.fit(TakesHalf(), datamodule=Data(OUTCOMES))
+    assert run.global_step == 3
+    assert scalars(tmp_path)["a"] == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
 def test_toward_is_worked_out_when_the_trust_region_does_not_say() -> None:
@@ -282,7 +311,7 @@ def test_run_summary(
     clock = SimpleNamespace(perf_counter=map(lambda n: n * tick, itertools.count()).__next__)
     monkeypatch.setattr("cppo_lightning.callbacks.run_summary.time", clock)
     monkeypatch.setenv("COLUMNS", "120")
-    commands = ["python -m cppo_lightning fit --config " + "x" * 150]
+    commands = ["python -m cppo_lightning fit --config :100:" + "x" * 150]
     callbacks = [EvalAccuracy({"sums": Counted(1, 2)}, samples=2), RunSummary(next_commands=commands)]
     fit(tmp_path, callbacks)
     printed = capsys.readouterr().out
@@ -291,7 +320,27 @@ def test_run_summary(
     assert f"{split}, updating {UPDATES * tick:.1f}" in printed
     assert "42.86% of tokens (first rollout 42.86%, last 42.86%)" in printed
     assert f"--logdir {tmp_path / 'run'}" in printed
-    assert f"\n  {commands[0]}\n" in printed, "a command stays on one line"
+    assert f"\n  {commands[0]}\n" in printed, "a command stays on one line, and as it is"
+
+
+def test_run_summary_of_a_run_that_goes_on_inside_a_rollout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of that rollout counts and has no seconds: nobody saw it begin."""
+    module = Module()
+    monkeypatch.setattr(module, "on_save_checkpoint", settle_loops)  # what this package's own module does
+    run = trainer(tmp_path, [], max_steps=1)
+    run.fit(module, datamodule=Data(OUTCOMES))
+    run.save_checkpoint(tmp_path / "inside.ckpt")
+    clock = SimpleNamespace(perf_counter=itertools.count(86853.0).__next__)
+    monkeypatch.setattr("cppo_lightning.callbacks.run_summary.time", clock)
+    monkeypatch.setenv("COLUMNS", "120")
+    for rollouts, seconds in ((1, None), (3, f"{UPDATES + 1:.1f} (sampling 0.5, verifying 0.5, updating {UPDATES:.1f})")):
+        again = trainer(tmp_path, [RunSummary()], rollouts)
+        again.fit(Module(), datamodule=Data(OUTCOMES), ckpt_path=tmp_path / "inside.ckpt", weights_only=True)
+        printed = capsys.readouterr().out
+        assert f"{rollouts}, {rollouts * UPDATES}" in printed
+        assert (seconds in printed) if seconds else ("seconds" not in printed)
 
 
 def test_run_summary_without_anything_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

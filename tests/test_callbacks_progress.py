@@ -109,6 +109,12 @@ def test_a_log_file_is_not_left_without_a_line(
     assert ("rollout 1/1 | update 1/" in said) == ("eval sums 0/" in said) == (lines > 1)
 
 
+def test_text_that_is_printed_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich knows 100 between colons as an emoji, and a word in brackets as markup."""
+    ProgressDisplay(lambda: LINE, refresh_per_second=0.01).print("data.jsonl:100: no [b]answer")
+    assert capsys.readouterr().out == "data.jsonl:100: no [b]answer\n"
+
+
 def test_a_disabled_bar_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bar = RolloutProgress()
     bar.disable()

@@ -294,6 +294,18 @@ def test_kept_is_what_both_bounds_allow(batch: Batch) -> None:
     assert torch.equal(gate.keep[certain], feasible[certain])
 
 
+def test_position_weights_are_float32_whatever_tensors_are_by_default() -> None:
+    mask = torch.ones(1, 8192, dtype=torch.bool)
+    expected = 1 - 0.2 * torch.arange(8192, dtype=torch.float64) / 8191
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weight = CPPO().position_weight(mask)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight.double(), expected, rtol=0, atol=2e-7)
+
+
 @PROPERTY
 @given(BATCHES, st.integers(-(2**62), 2**62))
 def test_shuffled_weights_are_the_same_ones(batch: Batch, seed: int) -> None:

@@ -371,7 +371,7 @@ def scalars(folder: Path, prefix: str) -> dict[str, float]:
 
 def test_the_report(tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = make_data(tiny_model_path, prompts=TRAINED, max_prompt_tokens=200 + len(CANDLES), verifier=Format("[a-m]"))
-    callbacks = [DataReport(), EvalAccuracy({"held": HELD, "clean": lengths(5)}, samples=2, max_tokens=4, at_end=False)]
+    callbacks = [DataReport(), EvalAccuracy({"held": HELD, "a:100:b": lengths(5)}, samples=2, max_tokens=4, at_end=False)]
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     run = make_trainer(tmp_path, callbacks, rollouts=1, logger=logger)
     try:
@@ -381,7 +381,8 @@ def test_the_report(tiny_model_path: Path, tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert re.search(rf"training +0 +0 +0 +0 +0 +2 +{data.fingerprint}", printed)
     assert "held: of its 3 problems, 1 match training problems exactly and 1 nearly: h2 = five, h1 ~ candles" in printed
-    assert "clean: none of its 1 problems is in the training set" in printed
+    assert "a:100:b: none of its 1 problems is in the training set" in printed, "rich makes an emoji of :100: where it may"
+    assert re.search(r"^ *a:100:b +0 +0 +0 +0 +0 +1 ", printed, re.MULTILINE)
     text = logged(tmp_path / "run").Tensors("data/report/text_summary")[0].tensor_proto.string_val[0].decode()
     assert f"training | 0 | 0 | 0 | 0 | 0 | 2 | {data.fingerprint}\n" in text
     assert "h1 ~ candles" in text

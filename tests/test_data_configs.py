@@ -16,10 +16,12 @@ from jsonargparse import ArgumentParser
 
 from cppo_lightning.cli import main
 from cppo_lightning.prompts import BadRows, LoadCounts, PromptSource
+from cppo_lightning.prompts.templates import PromptTemplate
 from cppo_lightning.rollout.evaluation import Evaluation
 from cppo_lightning.rollout.sampler import Sampler
-from cppo_lightning.verifiers import Verifier
+from cppo_lightning.verifiers import Problem, Verifier
 from tests.test_presets import contains, printed, read
+from tests.test_prompts import FOOTER, HEADER, dapo_row, shared
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
@@ -115,9 +117,36 @@ def test_the_aime_sets_layouts_are_what_their_config_reads(tmp_path: Path) -> No
 
 def test_the_prompts_of_a_data_config_ask_for_a_box() -> None:
     """YAML's escapes and Jinja's braces both pass through."""
-    for name in set(NAMES) - {"dapo_math"}:
+    for name in set(NAMES) - {"dapo_math", "aime_eval"}:
         assert "\n\nPlease" in read(f"data/{name}")["data"]["template"]["text"]
         assert r"\boxed{" in read(f"data/{name}")["data"]["template"]["text"]
+
+
+IN_DAPOS_WORDS = ["base", "data/dapo_math", "data/aime_eval"]
+
+
+def asked(name: str, problem: Problem) -> list[dict[str, str]]:
+    """The turns that a config's template makes of a problem."""
+    return built(PromptTemplate, read(name)["data"]["template"]).messages(problem)
+
+
+@pytest.mark.parametrize("name", IN_DAPOS_WORDS)
+def test_aime_and_sums_are_asked_for_the_answer_that_dapo_asks_for(name: str) -> None:
+    (turn,) = asked(name, Problem("", ({"role": "user", "content": "1 + 1?"},), "2"))
+    assert turn["content"] == HEADER + "1 + 1?" + FOOTER
+
+
+@pytest.mark.parametrize("name", ["base", "data/dapo_math"])
+@pytest.mark.parametrize("rows", ["made up", "dapo_schema_sample", "dapo_schema_aime2024"])
+def test_dapos_prompts_are_its_rows_byte_for_byte(name: str, rows: str, tmp_path: Path) -> None:
+    """Though a config takes the words around the question off, and its template puts them back."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(dapo_row("What is $1 + 1$?", "2", "a")) if rows == "made up" else shared(rows).read_text())
+    source = read(name)["data"]["prompts"]
+    problems = built(PromptSource, {**source, "init_args": {**source["init_args"], "path": str(file)}}).load()
+    written = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    assert [asked(name, problem) for problem in problems] == written
+    assert problems[0].messages[0]["content"] != written[0][0]["content"]
 
 
 def test_a_mixture_trains_from_the_command_line(tmp_path: Path, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,12 @@ import yaml
 from cppo_lightning.cli import main
 from cppo_lightning.engines.vllm_server.process import how_to_serve
 from cppo_lightning.engines.vllm_server.weight_transfer import WAYS
+from cppo_lightning.errors import ConfigError
 from cppo_lightning.metric_dictionary import find
+from cppo_lightning.prompts.prompt_source import check_problems
+from cppo_lightning.rollout.settings import check_same_on_ranks
+from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
+from cppo_lightning.verifiers.math_answer import MathAnswer
 from tests.documents import blocks_of, contains, files_of
 
 REPOSITORY = Path(__file__).parents[1]
@@ -255,6 +261,25 @@ def test_messages_are_those_of_the_program(message: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["fit", "--config", "configs/debug.yaml", *ANSWERS[message]])
     assert capsys.readouterr().err.splitlines()[-1].startswith(shown)
+
+
+# a pool that has never checked a problem by its deadline
+LATE: Any = SimpleNamespace(
+    verifier=MathAnswer(), deadline=1.0, check=lambda some: [Verdict(Outcome.TIMED_OUT, 0.0) for _ in some]
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "refuse"),
+    [
+        ("VerifierPool", lambda: check_problems([Problem("p", (), "1")], LATE)),
+        ("on rank", lambda: check_same_on_ranks(["a", "b"])),
+    ],
+)
+def test_messages_that_need_time_or_ranks_are_those_of_the_program(words: str, refuse: Callable[[], Any]) -> None:
+    (shown,) = re.findall(rf"^\| `error: ([^`]*{words}[^`]*)` \|", PAGES["troubleshooting.md"], re.MULTILINE)
+    with pytest.raises(ConfigError, match=".*".join(map(re.escape, shown.split("...")))):
+        refuse()
 
 
 def test_the_sites_start_is_readme() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from cppo_lightning.callbacks import EvalAccuracy, EvaluationReport
+from cppo_lightning.callbacks import EvalAccuracy, EvaluationReport, FailureCheckpoint, RunSummary, Shutdown
 from cppo_lightning.callbacks.evaluation_report import score_table
 from cppo_lightning.engines.engine import Completion, Sampling
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.estimators import avg_at, interval, pass_at, resampled_means
+from cppo_lightning.interrupts import INTERRUPTS
 from cppo_lightning.prompts import PromptSource, ReasoningGymPrompts
 from cppo_lightning.rollout.answers import conclude
 from cppo_lightning.rollout.evaluation import Evaluation, EvaluationStream
 from cppo_lightning.rollout.sampler import Rollout, Sample
 from cppo_lightning.rollout.scores import Scores, score
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
-from tests.callback_rig import scalars
+from tests.callback_rig import Module, scalars
 from tests.rank_rig import on_ranks
-from tests.test_fit import SUMS, make_data, make_module, make_trainer
+from tests.test_ahead import plan, same
+from tests.test_fit import SUMS, make_data, make_module, make_trainer, weights
+from tests.test_guards import fit, send
 
 SET = ReasoningGymPrompts("basic_arithmetic", 3, params=SUMS)
 TWO_SETS: dict[str, PromptSource] = {"first": SET, "second": ReasoningGymPrompts("basic_arithmetic", 2, seed=5, params=SUMS)}
@@ -177,6 +182,11 @@ def test_numbers_vote_by_value_and_formulas_by_their_text() -> None:
     assert score({"a": points}, 5).sets["a"].unparseable_share == 1 / 5
 
 
+def test_several_numbers_are_no_vote_for_the_last() -> None:
+    rows = rows_of(("x=3", "correct"), ("x=1 or x=3", "wrong"), ("x=2, x=3", "wrong"), ("4", "wrong"), ("4", "wrong"))
+    assert score({"a": rows}, 5).sets["a"].estimates["maj@5"].value == 0
+
+
 def test_a_verifier_that_does_not_say_what_it_read_has_no_majority() -> None:
     silent = rows_of((None, "correct"), (None, "wrong"))
     assert list(score({"a": silent}, 2).sets["a"].estimates) == ["avg@2", "pass@2"]
@@ -274,6 +284,61 @@ def test_validate_on_a_checkpoint_finds_what_training_did(
     assert after["val/accuracy"][0][1] == pytest.approx(
         (3 * estimate.value + 2 * report.scores.sets["second"].estimates["avg@4"].value) / 5
     )
+
+
+def test_the_report_prints_names_as_they_are(alone: tuple[Scores, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """rich knows 100 between colons as an emoji."""
+    report = EvaluationReport()
+    report.scores = replace(alone[0], sets={"a:100:b": alone[0].sets["odd"]})
+    report.on_validation_end(make_trainer(alone[1], []), Module())
+    assert "\n a:100:b " in f"\n{capsys.readouterr().out}"
+
+
+class SignalAt(Callback):
+    """Sends SIGTERM after so many optimizer steps, in an evaluation if there is one, else in the next step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_evaluation_progress(self, trainer: Any, dataset: str, done: int, total: int) -> None:
+        if (trainer.global_step, dataset) == (self.step, "second"):
+            send()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            send()
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        *(({"every_n_rollouts": 2}, step) for step in (2, 4, 5, 6)),
+        ({"every_n_rollouts": 1, "at_end": False}, 6),
+    ],
+    ids=["inside a rollout", "between two", "in the last update", "after the last rollout", "which is one of every n"],
+)
+def test_an_evaluation_that_a_signal_cut_off_is_made_by_the_run_that_goes_on(
+    settings: dict[str, Any], step: int, tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three rollouts of two updates, the last two drawn ahead: as in a run that was left alone, with each evaluation once."""
+
+    def train(*others: Callback, resume: Path | None = None) -> tuple[list[Any], list[torch.Tensor]]:
+        callback = EvalAccuracy(TWO_SETS, samples=2, max_tokens=8, batch_problems=2, **settings)
+        module = make_module(tiny_model_path)
+        fit(tmp_path, module, make_data(tiny_model_path, plan=plan(1)), 3, [callback, *others], resume)
+        for _, metrics in callback.history:
+            del metrics["eval/seconds"]
+        return callback.history, weights(module)
+
+    history, last = train()
+    assert [at for at, _ in history] == ([0, 4, 6] if settings["every_n_rollouts"] == 2 else [0, 2, 4, 6])
+    with INTERRUPTS.handled(), pytest.raises(SystemExit):
+        train(SignalAt(step), FailureCheckpoint(str(tmp_path)), Shutdown())
+    capsys.readouterr()
+    again, found = train(RunSummary(), resume=tmp_path / "after_failure.ckpt")
+    assert again == history
+    assert same(found, last)
+    assert "at step 0  ->" in capsys.readouterr().out.split("at step 6")[0], "the table has the evaluation that was made up for"
 
 
 def test_the_table_has_a_column_for_each_score(alone: tuple[Scores, Path]) -> None:

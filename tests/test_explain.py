@@ -165,6 +165,15 @@ def test_a_rule_speaks_when_it_should_and_only_once(name: str) -> None:
     assert run.log(*changed(speaks)) == [], "once"
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_of_what_is_no_number_no_rule_speaks(name: str) -> None:
+    speaks, _, _ = CASES[name]
+    run = Run(Explain())
+    assert run.log(*changed(dict.fromkeys(speaks, float("nan"))), step=1) == []
+    assert run.log(*WELL, step=2) == []
+    assert run.log(*changed(speaks)) == [name], "it has not spoken yet, and compares with the first number"
+
+
 @pytest.mark.parametrize(
     ("accuracy", "cut_off", "unparseable", "words"),
     [

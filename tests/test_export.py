@@ -173,6 +173,34 @@ def test_another_dtype(run: Path, exported: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in weights(exported).items())
 
 
+def test_the_trained_dtype_is_that_of_the_runs_precision(run: Path, exported: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["trainer"]["precision"] = "bf16-true"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    saved = torch.load(checkpoint(run), weights_only=True)
+    saved["state_dict"] = {name: tensor.bfloat16() for name, tensor in saved["state_dict"].items()}
+    torch.save(saved, tmp_path / "half.ckpt")
+    export(tmp_path / "half.ckpt", tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "The weights are in bfloat16." in (tmp_path / "half" / "README.md").read_text()
+    found = weights(tmp_path / "half")
+    for name, tensor in weights(exported).items():
+        assert found[name].dtype == torch.bfloat16
+        assert torch.equal(found[name], tensor.bfloat16())
+
+
+def test_attention_that_needs_a_gpu_is_not_needed(run: Path, exported: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["policy"]["attn_implementation"] = "flash_attention_2"
+    (tmp_path / "flash.yaml").write_text(yaml.safe_dump(settings))
+    export(checkpoint(run), tmp_path / "out", tmp_path / "flash.yaml")
+    found = weights(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(exported).items())
+    config = (tmp_path / "out" / "config.json").read_text()
+    assert config == (exported / "config.json").read_text()
+    assert "attn_implementation" not in config, "whoever loads it chooses"
+
+
 def test_a_folder_that_is_there_stays_unless_told(
     run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

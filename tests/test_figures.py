@@ -9,6 +9,8 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex, to_rgb
@@ -26,8 +28,15 @@ from matplotlib.patches import Rectangle, StepPatch
 from PIL import Image
 
 from cppo_lightning.batch import Gate, TokenStats
-from cppo_lightning.callbacks import TrustRegionFigures
-from cppo_lightning.callbacks.run_pictures import divergence_by_position, history_row, measure_of, of_rollout, of_run
+from cppo_lightning.callbacks import TrustRegionFigures, run_pictures
+from cppo_lightning.callbacks.run_pictures import (
+    divergence_by_position,
+    history_row,
+    measure_of,
+    of_rollout,
+    of_run,
+    threshold_window,
+)
 from cppo_lightning.divergences import BinaryKL, BinaryTV, TopKTV
 from cppo_lightning.engines.engine import Sampling
 from cppo_lightning.errors import ConfigError
@@ -211,6 +220,41 @@ def test_what_cppo_says_of_its_budget_is_equation_8() -> None:
     torch.testing.assert_close(first, torch.full_like(first, BUDGETED.delta))
 
 
+def with_logp(stats: TokenStats, value: float) -> TokenStats:
+    """One token of the first response gets this log pi."""
+    logp = stats.logp.clone()
+    logp[0, 3] = value
+    return replace(stats, logp=logp)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_token_without_a_finite_divergence_counts_as_one_that_did_not_move(value: float) -> None:
+    stats, bins = some_stats(10), PositionBins(1, 40)
+    still = with_logp(stats, float(stats.rollout_logp[0, 3]))
+    gate = PPOClip()(still)  # no divergence of its own
+    distance = BinaryTV()(still)
+    distance[0, 3] = value
+    own = Gate(gate.weight, gate.keep, {**gate.diagnostics, "divergence": distance})
+    sums = [PositionSums(bins) for _ in range(3)]
+    for into, seen, answer in zip(sums, (still, with_logp(stats, value), still), (gate, gate, own), strict=True):
+        into.add(seen, answer, None)
+        torch.testing.assert_close(into.flat, sums[0].flat, rtol=0, atol=0)
+        window = TokenWindow.of(seen, answer, None, 16)
+        torch.testing.assert_close(window.values, TokenWindow.of(still, gate, None, 16).values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_budget_that_is_not_finite_is_left_out() -> None:
+    stats = some_stats(10)
+    stats.logp[0] = math.nan
+    gate = BUDGETED(stats)
+    budgets = gate.diagnostics["delta_b"][stats.mask.any(-1)]
+    assert budgets.isfinite().tolist() == [False] + [True] * (len(budgets) - 1)
+    sums = summed(BUDGETED, [stats], PositionBins(1, 40))
+    assert int(sums.budgets) == len(budgets) - 1
+    assert float(sums.delta_b) == pytest.approx(float(budgets[1:].sum()))
+    assert sums.flat.isfinite().all()
+
+
 # ---- the window -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +303,29 @@ def test_the_windows_thresholds_and_budget() -> None:
     assert found["length"].unique().tolist() == [int(own.sum())]
 
 
+SHOWN_OF = {
+    "effective": {"budget_allowed", "threshold", "token_weight"},
+    "spent": {"budget_allowed", "weighted_divergence"},
+    "allowed": {"budget_allowed"},
+}
+TOLD = ("budget_allowed", "threshold", "token_weight", "weighted_divergence")
+
+
+@pytest.mark.parametrize("told", [c for n in range(5) for c in itertools.combinations(TOLD, n)], ids="+".join)
+def test_a_trust_region_may_tell_a_part_of_what_the_window_shows(told: tuple[str, ...]) -> None:
+    stats = part(some_stats(6), [0])
+    whole = BUDGETED(stats)
+    kept = {name: value for name, value in whole.diagnostics.items() if name in told or name not in TOLD}
+    window = TokenWindow.of(stats, Gate(whole.weight, whole.keep, kept), BUDGETED.delta, 64)
+    found, expected = window.rows(), TokenWindow.of(stats, whole, BUDGETED.delta, 64).rows()
+    for name, needs in SHOWN_OF.items():
+        if needs <= set(told):
+            assert torch.equal(found[name], expected[name])
+        else:
+            assert found[name].isnan().all()
+    draw_threshold_window(threshold_window(window, MEASURE, "n"))
+
+
 def test_causes_by_hand() -> None:
     stats, gate = stats_and_gate()
     found = torch.where(stats.mask, causes(stats, gate), -1).tolist()
@@ -284,6 +351,21 @@ def test_the_history_loses_nothing_and_stays_small(rollouts: int) -> None:
     assert history.ends[-1] == 3 * rollouts
     assert history.table()[:-1, 0].tolist() == [history.per_row] * (len(history) - 1)
     assert history.table()[-1, 0] == history.in_last
+
+
+@pytest.mark.parametrize("stop", [2, 3, 7, 8, 9, 15, 24])
+def test_a_history_that_goes_on_in_fewer_rows_is_one_that_never_had_more(stop: int) -> None:
+    larger, smaller, resumed = SumHistory(8), SumHistory(2), SumHistory(2)
+
+    def rollouts(history: SumHistory, numbers: range) -> None:
+        for i in numbers:
+            history.add(3 * i, 3 * i + 3, torch.tensor([1.0, float(i)]).double())
+
+    rollouts(larger, range(stop))
+    resumed.load_state_dict(larger.state_dict())
+    for history, numbers in ((resumed, range(stop, stop + 9)), (smaller, range(stop + 9))):
+        rollouts(history, numbers)
+    torch.testing.assert_close(resumed.state_dict(), smaller.state_dict(), rtol=0, atol=0)
 
 
 def test_an_odd_history_is_refused() -> None:
@@ -569,6 +651,44 @@ def test_pictures_come_with_the_first_rollout_every_few_and_with_the_last(one_ra
         assert len({png for _, png in found}) == 3, tag
 
 
+class Stop(Callback):
+    """Stops the run after the third update, the first of the second rollout."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.global_step == UPDATES + 1
+
+
+@pytest.mark.parametrize(("steps", "others"), [(UPDATES + 1, []), (-1, [Stop()])], ids=["steps", "stop"])
+def test_a_rollout_that_is_cut_short_is_drawn_and_goes_on(
+    steps: int, others: list[Callback], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts: list[tuple[PositionSums, str]] = []
+    runs: list[SumHistory] = []
+    monkeypatch.setattr(run_pictures, "of_rollout", lambda sums, window, measure, note: rollouts.append((sums, note)) or ())
+    monkeypatch.setattr(run_pictures, "of_run", lambda history, bins, measure: runs.append(deepcopy(history)) or ())
+    callback = TrustRegionFigures(every_n_rollouts=2, bins=40, window=16)
+    trainer(tmp_path, [callback, *others], rollouts=9, max_steps=steps).fit(Regions(), datamodule=Longer(OUTCOMES))
+    assert [note for _, note in rollouts] == [
+        f"rollout 1, steps 0 to {UPDATES}",
+        f"rollout 2, steps {UPDATES} to {UPDATES + 1}",
+    ]
+    sums, history = rollouts[1][0], runs[1]
+    own = summed(BUDGETED, [some_stats(UPDATES)], PositionBins(1, 40))
+    torch.testing.assert_close(sums.flat, own.flat, rtol=1e-12, atol=1e-12)
+    assert (history.starts, history.ends) == ([0, UPDATES], [UPDATES, UPDATES + 1])
+    torch.testing.assert_close(history.table()[1], history_row(own), rtol=1e-12, atol=1e-12)
+    assert callback.state_dict()["history"]["ends"] == [UPDATES]  # a run that goes on adds the whole rollout
+
+
+def test_each_pass_over_a_rollout_counts_and_the_note_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(run_pictures, "of_rollout", lambda sums, window, measure, note: notes.append(note) or ())
+    data = Longer(OUTCOMES)
+    data.plan = RolloutPlan(prompts=2, samples=4, updates=1, passes=UPDATES)
+    trainer(tmp_path, [TrustRegionFigures()], rollouts=1).fit(Regions(), datamodule=data)
+    assert notes == [f"rollout 1, steps 0 to {UPDATES}, each pass counted"]
+
+
 def fit_on_a_rank(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
     return fit(folder, rollouts=1, devices=2, strategy="ddp", use_distributed_sampler=False)
 
@@ -584,8 +704,8 @@ class Rest:
 
     loggers: tuple[()] = ()
     callbacks: tuple[()] = ()
-    max_epochs, is_global_zero = 5, True
-    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value, all_gather=lambda value: value)
+    is_global_zero = True
+    strategy = SimpleNamespace(reduce=lambda value, group, reduce_op: value, all_gather=lambda value: value)
     datamodule = Longer(OUTCOMES)
 
     def __init__(self, update: int) -> None:
@@ -624,6 +744,21 @@ def test_a_resumed_run_has_the_sums_of_one_that_never_stopped(stop: int) -> None
     second.load_state_dict(torch.load(file, weights_only=True))
     train(second, range(stop, 15))
     torch.testing.assert_close(second.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_ranks_that_train_on_the_same_batch_count_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, paired = fresh(), fresh()
+    train(alone, range(4))
+    parts = {"data_parallel": SimpleNamespace(get_group=lambda: "one of each pair")}
+    ranks = {None: 2, "one of each pair": 1}
+
+    def reduce(value: torch.Tensor, group: str | None = None, reduce_op: str = "mean") -> torch.Tensor:
+        return ranks[group] * value
+
+    pairs = SimpleNamespace(device_mesh=parts, reduce=reduce, all_gather=lambda value: torch.stack([value, value]))
+    monkeypatch.setattr(Rest, "strategy", pairs)
+    train(paired, range(4))
+    torch.testing.assert_close(paired.state_dict(), alone.state_dict(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_checkpoint_of_other_bins_is_left_alone() -> None:

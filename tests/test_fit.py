@@ -21,11 +21,12 @@ from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.losses import LossAggregation, ReferenceKL
 from cppo_lightning.mismatch import MismatchCorrection, RecomputedBatch, TokenMask, TruncatedImportance
 from cppo_lightning.module import RLVRModule
-from cppo_lightning.policy import PolicyConfig
+from cppo_lightning.policy import Policy, PolicyConfig
 from cppo_lightning.rollout import Completion, ReasoningGymPrompts, RolloutPlan, Sampling, TransformersEngine
-from cppo_lightning.trust_regions import CPPO, PPOClip, TrustRegion
+from cppo_lightning.trust_regions import CPPO, FixedHorizonCPPO, PPOClip, TrustRegion
 from cppo_lightning.verifiers import Format
 from cppo_lightning.verifiers.overlong import Overlong
+from tests.test_batch import make_batch
 
 SUMS = {"operators": ["+"], "allow_parentheses": False, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 HALF_THE_TIME = Format("[a-m]")  # of a random model's eight bytes
@@ -410,6 +411,36 @@ def test_no_precision_rounds_what_the_engine_reported(tiny_model_path: Path, tmp
             assert torch.equal(batch.rollout_logp[row, : len(reported.ids)], reported.logp)
         assert batch.topk_rollout_logp is not None
         assert {t.dtype for t in (batch.rollout_logp, batch.topk_rollout_logp, batch.advantages)} == {torch.float32}
+
+
+class Gates(Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[TokenStats, Gate]] = []
+
+    def on_gate(self, trainer: Trainer, pl_module: Any, stats: TokenStats, gate: Gate) -> None:
+        self.seen.append((stats, gate))
+
+
+@pytest.mark.parametrize("region", [CPPO(BinaryTV()), FixedHorizonCPPO(BinaryTV(), horizon=3000)])
+def test_bf16_true_rounds_the_weights_alone(region: TrustRegion, tiny_model_path: Path, tmp_path: Path) -> None:
+    module, gates = make_module(tiny_model_path, trust_region=region, reference_kl=ReferenceKL(0.1)), Gates()
+    batch = replace(make_batch([5, 9], [2000, 1500]), policy_version=torch.zeros(2, dtype=torch.long))
+    trainer = make_trainer(tmp_path, [gates], rollouts=1, precision="bf16-true")
+    trainer.fit(module, DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
+    assert trainer.global_step == 1
+    fresh = Policy.load(PolicyConfig(str(tiny_model_path), dtype="bfloat16"))
+    for policy in (module.policy, module.reference):
+        assert policy is not None
+        assert {parameter.dtype for parameter in policy.parameters()} == {torch.bfloat16}
+        for (name, ours), (_, expected) in zip(policy.named_buffers(), fresh.named_buffers(), strict=True):
+            assert ours.dtype == expected.dtype == torch.float32, name
+            assert torch.equal(ours, expected), name
+    for stats, gate in gates.seen:
+        expected = region(stats)  # by default tensors are float32 here
+        for ours, theirs in ((gate.keep, expected.keep), (gate.weight, expected.weight)):
+            assert torch.equal(ours, theirs)
+        for name, value in expected.diagnostics.items():
+            assert torch.equal(gate.diagnostics[name], value), name
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

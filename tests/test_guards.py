@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,19 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from safetensors.torch import load_file
 
 from cppo_lightning.batch import Gate, TokenStats
-from cppo_lightning.callbacks import FailureCheckpoint, NonFiniteGuard, Shutdown
+from cppo_lightning.callbacks import FailureCheckpoint, NonFiniteGuard, Shutdown, TrustRegionFigures
+from cppo_lightning.divergences import BinaryTV
 from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.interrupts import INTERRUPTS, Interrupted
 from cppo_lightning.losses import Totals
 from cppo_lightning.module import RLVRModule
+from cppo_lightning.policy import ResponseLogProbs
 from cppo_lightning.rank_watch import RankWatch
 from cppo_lightning.ranks import AllRanksInterrupted, check_signals, on_all_ranks
 from cppo_lightning.sequences import MicroBatch
-from cppo_lightning.trust_regions import TrustRegion
-from tests.callback_rig import scalars
+from cppo_lightning.trust_regions import CPPO, PPOClip, TrustRegion
+from cppo_lightning.verifiers import Format
+from tests.callback_rig import events, scalars
 from tests.rank_rig import on_ranks
 from tests.test_fit import make_data, make_module, make_trainer, unchanged, weights
 
@@ -117,6 +120,34 @@ def test_a_loss_that_is_not_finite_with_a_gradient_that_is(tiny_model_path: Path
     assert (told["reference_kl"], told["parameters"]) == ("inf", [])
 
 
+class NaNForward(Callback):
+    """Gives the first micro-batch's first token a log-probability that is no number."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        def spoil(module: Any, given: Any, output: ResponseLogProbs) -> ResponseLogProbs:
+            hook.remove()
+            logp = output.logp.clone()
+            logp[0, 0] = float("nan")
+            return replace(output, logp=logp)
+
+        hook = pl_module.policy.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("region", [CPPO(BinaryTV()), PPOClip()], ids=["CPPO", "PPO"])
+def test_pictures_outlive_a_forward_pass_that_gives_no_number(
+    region: TrustRegion, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    module = make_module(tiny_model_path, trust_region=region, micro_batch_tokens=100_000)
+    guard, logger = NonFiniteGuard(), TensorBoardLogger(tmp_path, name="", version="run")
+    callbacks = [guard, TrustRegionFigures(), NaNForward()]
+    with pytest.warns(UserWarning, match="the loss or the gradient is not finite"):
+        trainer = fit(tmp_path, module, make_data(tiny_model_path), 2, callbacks, logger=logger)
+    assert (trainer.global_step, guard.count) == (3, 1)
+    pictures = events(tmp_path).Tags()["images"]
+    assert "figures/divergence_by_position" in pictures
+    assert ("figures/budget" in pictures) is isinstance(region, CPPO)
+
+
 def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tiny_model_path: Path, tmp_path: Path) -> None:
     module = make_module(tiny_model_path, trust_region=Poison((1, 3, 4)), micro_batch_tokens=100_000)
     with (
@@ -128,7 +159,20 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tiny_model_path: Path,
     saved = torch.load(tmp_path / "run" / "checkpoints" / "after_failure.ckpt", weights_only=True)
     assert saved["global_step"] == 2
     state = next(value for key, value in saved["callbacks"].items() if key.startswith("NonFiniteGuard"))
-    assert state == {"count": 3, "in_a_row": 2}
+    assert state == {"count": 3, "in_a_row": 0}
+    again, guard = make_module(tiny_model_path, trust_region=Poison((0,)), micro_batch_tokens=100_000), NonFiniteGuard(2)
+    path = tmp_path / "run" / "checkpoints" / "after_failure.ckpt"
+    with pytest.warns(UserWarning, match="not finite"):
+        trainer = fit(tmp_path, again, make_data(tiny_model_path), 4, [guard], path)
+    assert (trainer.global_step, guard.count) == (4, 4), "one more bad step does not stop the run that goes on"
+
+
+def test_a_minibatch_without_anything_to_learn_is_not_counted(tiny_model_path: Path, tmp_path: Path) -> None:
+    guard, data = NonFiniteGuard(max_in_a_row=2), make_data(tiny_model_path, verifier=Format("[^\\W\\w]"))  # never right
+    guard.in_a_row = 1
+    with pytest.warns(UserWarning, match="it teaches nothing and no step is taken"):
+        trainer = guarded(tmp_path, make_module(tiny_model_path), data, guard, rollouts=2)
+    assert (trainer.global_step, guard.count, guard.in_a_row) == (0, 0, 1)
 
 
 @pytest.mark.parametrize("settings", [{"max_in_a_row": 0}, {"max_dumps": -1}])

@@ -43,6 +43,7 @@ class Case:
         order: seed of the order of rows; None leaves them.
         padding: columns without tokens around all rows.
         parts: rows of each rank, in sixths; what is left goes to the last.
+        masked: rows that each rank has besides, all of whose tokens are masked.
         aggregation: of token losses.
     """
 
@@ -52,6 +53,7 @@ class Case:
     order: int | None = None
     padding: int = 0
     parts: tuple[int, ...] = ()
+    masked: int = 0
     aggregation: Any = "token-mean"
 
 
@@ -143,7 +145,8 @@ def share(batch: RolloutBatch, case: Case, rank: int, ranks: int) -> RolloutBatc
     order = torch.arange(rows) if case.order is None else torch.randperm(rows, generator=generator)
     sizes = [rows * part // 6 for part in case.parts] or [rows // ranks] * ranks
     start = sum(sizes[:rank])
-    own = batch.select(order[start : start + sizes[rank]])
+    own = batch.select(torch.cat([order[start : start + sizes[rank]], order[: case.masked]]))
+    own.response_mask[sizes[rank] :] = False
     if not case.padding or not len(own):
         return own
     pad = torch.nn.functional.pad
@@ -234,9 +237,11 @@ CASES = [
     *(Case(1, single, tokens, order=3) for tokens in (256, 1024, 4096)),
     Case(1, single, 300, padding=7, aggregation="seq-mean-token-mean"),
     Case(1, FSDP2, 1024),
+    Case(1, single, 1, masked=3),
     *(Case(2, strategy, tokens) for strategy in (ddp, FSDP2) for tokens in (256, 1024, 4096)),
     Case(2, FSDP2, 256, order=5, padding=3, parts=(5, 1), aggregation="seq-mean-token-mean"),
     Case(2, ddp, 256, order=4, parts=(6, 0)),
+    Case(2, FSDP2, 256, order=4, parts=(6, 0), masked=2),
     *(Case(4, strategy, tokens, order=1) for strategy in (ddp, FSDP2) for tokens in (256, 4096)),
     Case(4, FSDP2, 512, order=2, parts=(3, 0, 2, 1)),
     Case(4, hybrid, 512),

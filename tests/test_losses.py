@@ -34,12 +34,30 @@ def test_coefficients_do_not_depend_on_how_a_step_is_cut(kind: str, horizon: int
     parts = sum((aggregation.coefficients(mask[i : i + 2], totals) * loss[i : i + 2]).sum() for i in (0, 2, 4))
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
     rows = [loss[i][mask[i]] for i in range(6)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal((aggregation.coefficients(mask, totals) * loss).sum(), whole), "they are float32 in any case"
+    finally:
+        torch.set_default_dtype(torch.float32)
     textbook = {
         "token-mean": torch.cat(rows).mean(),
         "seq-mean-token-mean": torch.stack([r.mean() for r in rows]).mean(),
         "seq-mean-token-sum-norm": torch.stack([r.sum() / 7 for r in rows]).mean(),
     }
     torch.testing.assert_close(whole, textbook[kind], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "expected"),
+    [("token-mean", [4, 10], 0.303), ("seq-mean-token-mean", [4, 10], 0.0), ("token-mean", [7, 7], 0.0)],
+)
+def test_the_loss_of_a_rollouts_first_update(kind: str, lengths: list[int], expected: float) -> None:
+    """All ratios are 1 and advantages add up to 0: docs/concepts.md says what is left of them."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    advantages = torch.tensor([[0.707], [-0.707]]).expand_as(mask)
+    coefficients = LossAggregation(kind).coefficients(mask, Totals(mask.sum(), torch.tensor(2)))  # type: ignore[arg-type]
+    loss = -surrogate_value(advantages, Gate(mask.float(), mask), coefficients)
+    assert float(loss) == pytest.approx(expected, abs=1e-6)
 
 
 ESTIMATORS: list[KLEstimator] = ["k1", "k2", "k3", "k1+", "k3+"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,13 +163,52 @@ def test_only_limits_that_a_trust_region_has_are_reported(region: Any, has: set[
     stats = random_stats(3)
     region = replace(region, divergence=TopKTV(5)) if region.__class__ in (CPPO, TRM) else region
     gate = region(stats)
-    maxima = mismatch_maxima(stats, gate, getattr(region, "delta", None))
+    maxima = mismatch_maxima(stats, gate, region.token_threshold)
     assert {name.removeprefix("mismatch/").removesuffix("_max") for name in maxima} == {"logp_gap", "prob_gap", *has}
-    found = means(mismatch_totals(stats, gate, getattr(region, "delta", None), BINS))
+    found = means(mismatch_totals(stats, gate, region.token_threshold, BINS))
     assert ("mismatch/threshold_spent_mean" in found) is ("threshold_spent" in has)
     assert not any("budget" in name for name in found)
     if isinstance(region, DPPO):
         assert found["mismatch/threshold_spent_mean"] == pytest.approx(found["mismatch/divergence_mean"] / 0.15)
+
+
+NEEDS = {
+    "budget_spent_mean": {"budget_spent"},
+    "budget_rate": {"divergence", "delta_b"},
+    "divergence_mean": {"divergence"},
+    "threshold_spent_mean": {"divergence"},
+}
+TOLD = ("budget_spent", "delta_b", "divergence")
+
+
+@pytest.mark.parametrize("told", [c for n in range(4) for c in combinations(TOLD, n)], ids="+".join)
+def test_a_trust_region_may_tell_a_part_of_what_there_is(told: tuple[str, ...]) -> None:
+    stats = random_stats(3)
+    whole = replace(REGION, w_min=1.0)(stats)  # so that D_t is the weighted one
+    gate = Gate(whole.weight, whole.keep, {name: whole.diagnostics[name] for name in told})
+    found, expected = (mismatch_totals(stats, g, REGION.delta, BINS) for g in (gate, whole))
+    for name, needs in NEEDS.items():
+        assert (f"mismatch/{name}" in found) is (needs <= set(told)), name
+    assert means(found) == {name: value for name, value in means(expected).items() if name in found}
+    maxima = {name.removeprefix("mismatch/") for name in mismatch_maxima(stats, gate, REGION.delta)}
+    assert {"budget_spent_max", "divergence_max"} & maxima == {f"{name}_max" for name in told if name != "delta_b"}
+
+
+@dataclass(frozen=True)
+class Twice(DPPO):
+    """Its threshold is not what its setting says."""
+
+    @property
+    def token_threshold(self) -> float:
+        return 2 * self.delta
+
+
+def test_a_threshold_is_what_the_trust_region_says_it_is() -> None:
+    stats, region, callback = random_stats(3), Twice(BinaryTV()), Mismatch(BINS)
+    module: Any = SimpleNamespace(trust_region=region)
+    callback.setup(SimpleNamespace(), module, "fit")  # type: ignore[arg-type]
+    found = means(callback.totals(stats, region(stats)))
+    assert found["mismatch/threshold_spent_mean"] == pytest.approx(found["mismatch/divergence_mean"] / (2 * region.delta))
 
 
 def measured(path: Path, folder: Path, region: TrustRegion, dtype: Any, ahead: int = 0) -> dict[str, list[tuple[int, float]]]:

@@ -237,6 +237,9 @@ def test_known_trouble(change: dict[str, Any], message: str, monkeypatch: pytest
 
 
 def test_sections_are_tables_that_show_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    """A gold answer or a path is no markup."""
-    Section("Title", [("answer", "[bold]3[/bold]", "")]).print(Console(width=100))
-    assert "[bold]3[/bold]" in capsys.readouterr().out
+    """A gold answer or a path is no markup, and no emoji."""
+    for body in ("[b]data.jsonl:100: no answer", None):
+        Section("Title", [("answer", "[bold]3[/bold]", "data.jsonl:100: no answer")], body=body).print(Console(width=100))
+        printed = capsys.readouterr().out
+        assert "[bold]3[/bold]" in printed
+        assert printed.count("data.jsonl:100: no answer") == (1 if body is None else 2)

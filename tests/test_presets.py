@@ -137,6 +137,7 @@ def test_paper_configs_are_the_papers_table(name: str, capsys: pytest.CaptureFix
     assert contains(region["init_args"], expected)
     assert region["init_args"]["divergence"]["init_args"] == {"k": 20}
     assert whole["data"]["template"]["chat"] is (name == "qwen3_1.7b")
+    assert whole["data"]["template"]["text"] == read("base")["data"]["template"]["text"]
     assert contains(whole, read(f"paper/{name}"))
 
 

@@ -25,7 +25,7 @@ from cppo_lightning.sequences import MicroBatch, Work, micro_batches
 from cppo_lightning.sequences.cutting import PASS
 from tests.test_batch import make_batch
 
-LENGTHS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=4)
+LENGTHS = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=6), min_size=1, max_size=4)  # 0: all of it masked
 WORKS = st.sampled_from([None, Work(1, 0), Work(1000, 1), Work(20, 1), Work(1, 1), Work(1, 0, skips_hidden=True)])
 
 
@@ -49,7 +49,8 @@ def spent(parts: list[MicroBatch], work: Work) -> float:
 def test_every_token_is_there_once_behind_its_own_prompt(responses: list[list[int]], tokens: int, work: Work | None) -> None:
     batch = grouped(responses)
     parts = micro_batches(batch, tokens, work)
-    assert sorted(row for part in parts for row in part.batch.sample.tolist()) == list(range(len(batch)))  # type: ignore[union-attr]
+    trained = batch.response_mask.any(-1).nonzero().flatten().tolist()
+    assert sorted(row for part in parts for row in part.batch.sample.tolist()) == trained  # type: ignore[union-attr]
     for part in parts:
         rows, read = part.batch, part.sequences
         assert rows.prompt_mask[:, 0].any(), "cut to the longest prompt"
@@ -93,8 +94,8 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
 def test_no_way_to_cut_costs_less(lengths: list[int], tokens: int, packed: bool) -> None:
     """Of all partitions of the rows; a part costs its tokens with padding, and what a pass costs besides.  Packed rows stay
     in their order, for the tensors about their tokens."""
-    batch = make_batch([1] * len(lengths), [n - 1 or 1 for n in lengths])
-    batch.response_mask[[n == 1 for n in lengths]] = False  # the prompt alone
+    batch = make_batch([1] * len(lengths), [n - 1 for n in lengths])
+    lengths = [n for n in lengths if n > 1]  # rows without a trainable token are left out
     parts = micro_batches(batch, tokens, Work(1, 0, skips_hidden=True) if packed else None)
     found = [part.sequences.source.numel() for part in parts]
     assert found == sorted(found, reverse=True), "ranks wait least if they begin with what takes longest"
@@ -275,6 +276,28 @@ def test_work_counts_matrices_and_pairs() -> None:
     assert policy.work == Work(2.0 * parameters, 4.0 * 2 * 32)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_positions_that_turn_by_the_longest_sequence_are_those_of_a_response_alone(kind: str) -> None:
+    """No response reaches the context of 24 tokens, where such positions begin to change; padding behind four of them would."""
+    policy = random_model(kind, rope_parameters=DYNAMIC, max_position_embeddings=24)
+    batch = grouped([[9] * 4, [8] * 4], [14, 14])
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)  # else attention hardly looks at positions
+        alone = policy(batch, 1.0).logp
+        parts = micro_batches(batch, 200, policy.work)
+        found = [policy(part.batch, 1.0, part.sequences).logp for part in parts]
+    for part, logp in zip(parts, found, strict=True):
+        rows = part.batch.sample
+        assert rows is not None
+        torch.testing.assert_close(logp, alone[rows, : logp.shape[1]], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -283,6 +306,8 @@ def test_work_counts_matrices_and_pairs() -> None:
         ("bloom", {"n_head": 2, "n_layer": 2}),  # positions are distances, counted along the whole sequence
         ("gemma3_text", {"sliding_window": 8}),
         ("mistral", {"sliding_window": 8, "attention": "flex_attention"}),
+        ("llama", {"rope_parameters": DYNAMIC}),
+        ("phi3", {"rope_parameters": LONG, "max_position_embeddings": 64, "original_max_position_embeddings": 16}),
     ],
 )
 def test_models_that_pass_information_on_otherwise_share_nothing(kind: str, settings: dict[str, Any]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from cppo_lightning.divergences import BinaryTV, SampledK2, SampledK3, TopKKL, TopKTV
+from cppo_lightning.divergences import BinaryKL, BinaryTV, SampledK2, SampledK3, TopKKL, TopKTV
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, Totals, surrogate_value
-from cppo_lightning.trust_regions import CISPO, DPPO, TRM, Intersection, PPOClip, TrustRegion
+from cppo_lightning.trust_regions import CISPO, CPPO, DPPO, TRM, Intersection, PPOClip, SoftCPPO, TrustRegion
 from tests.test_cppo import random_stats
 from tests.worked import RESPONSES, VECTORS, response
 
@@ -104,6 +108,53 @@ def test_an_intersection_has_the_first_ones_weight_and_objective() -> None:
     assert Intersection([trm, cispo]).top_k == 5
     assert not Intersection([cispo, trm]).recomputable
     assert Intersection([cispo, PPOClip()]).recomputable
+
+
+@pytest.mark.parametrize("first", [SoftCPPO(BinaryTV(), delta=0.1, delta_b=0.01), PPOClip(0.1, 0.1)], ids=["soft", "clip"])
+def test_what_one_of_the_others_drops_is_not_trained_on(first: TrustRegion) -> None:
+    """Whatever the first one says: SoftCPPO trains on what it does not keep, and clipped tokens have an objective too."""
+    stats = random_stats(8)
+    trm = TRM("max", 0.05, BinaryKL())
+    gate, alone, accepted = Intersection([first, trm])(stats), first(stats), trm(stats).keep
+    assert (alone.weight.bool() | alone.diagnostics.get("surrogate", alone.weight).bool())[~alone.keep & ~accepted].any()
+    assert alone.weight[accepted].any()
+    assert torch.equal(gate.weight, alone.weight * accepted)
+    assert torch.equal(gate.keep, alone.keep & accepted)
+    if "surrogate" in alone.diagnostics:
+        assert torch.equal(gate.diagnostics["surrogate"], alone.diagnostics["surrogate"].masked_fill(~accepted, 0))
+
+
+def test_the_threshold_is_that_of_the_divergence_which_is_shown() -> None:
+    stats = random_stats(9)
+    clip, cppo, trm, mean = PPOClip(), CPPO(TopKTV(5), delta=0.3), TRM("max", 0.07, BinaryKL()), TRM("mean", 0.01, BinaryKL())
+    for regions, shown in (([clip, cppo, trm], cppo), ([trm, cppo], trm), ([mean, cppo], mean)):
+        both = Intersection(regions)
+        assert both.token_threshold == shown.token_threshold
+        assert torch.equal(both(stats).diagnostics["divergence"], shown(stats).diagnostics["divergence"])
+    assert Intersection([clip, CISPO()]).token_threshold is None
+
+
+@dataclass(frozen=True)
+class Counting(PPOClip):
+    """Keeps how often it was asked."""
+
+    asked: list[int] = field(default_factory=lambda: [0])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"asked": self.asked[0]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.asked[0] = state["asked"]
+
+
+def test_an_intersection_keeps_what_each_of_its_regions_keeps() -> None:
+    saved = Intersection([Counting(asked=[3]), DPPO(BinaryTV()), Counting(asked=[5])]).state_dict()
+    first, last = Counting(), Counting()
+    resumed = Intersection([first, DPPO(BinaryTV()), last])
+    resumed.load_state_dict(saved)
+    assert (first.asked, last.asked) == ([3], [5])
+    resumed.load_state_dict({})  # of a checkpoint from before there was any
+    assert (first.asked, last.asked) == ([3], [5])
 
 
 def test_rejected_is_true_where_any_region_rejects() -> None:

@@ -16,8 +16,8 @@ class Seen:
 
     Args:
         step: optimizer steps before the update, or the rollout, that the newest metrics are of.
-        latest: the newest value of every metric.
-        first: the run's first value of each metric that a rule watches, also if the run was resumed.
+        latest: the newest value of every metric that was not NaN.
+        first: the run's first such value of each metric that a rule watches, also if the run was resumed.
         setting: the value of a YAML key such as ``data.sampling.max_tokens``, or of another attribute of what is there; None
             where the run has none.
     """
@@ -59,7 +59,7 @@ class Rule(ABC):
     """One thing worth saying, and when.  Children are frozen dataclasses whose fields are thresholds."""
 
     watches: ClassVar[tuple[str, ...]]
-    """Tags of metrics that are logged together; whenever they are, the rule is asked."""
+    """Tags of metrics that are logged together; whenever they are, and none is NaN, the rule is asked."""
 
     @abstractmethod
     def __call__(self, seen: Seen) -> Explanation | None:

@@ -14,13 +14,16 @@ TRAINING = Section(
                 Metric(
                     "train/loss",
                     "What is minimised: minus the surrogate, plus the weighted KL to the reference if there is one.",
-                    "around 0, without a trend. Small at a rollout's first update by design: ratios are 1, and the "
-                    "advantages of a group add up to 0. It does not measure progress; `rollout/reward` does.",
+                    "around 0, without a trend. At a rollout's first update ratios are 1, and the advantages of a group add up "
+                    "to 0: so does the loss where all responses weigh the same (`seq-mean-token-mean`, or equal lengths), but "
+                    "with `token-mean` the longer ones weigh more. It does not measure progress; `rollout/reward` does.",
                 ),
                 Metric(
                     "train/surrogate",
-                    "The policy objective: each token's weight times its advantage, aggregated as `model.aggregation` says.",
-                    "around 0, like `train/loss`.",
+                    "The policy objective, aggregated as `model.aggregation` says: each token's weight times its advantage; "
+                    "with CISPO and MinPRO also times log pi; with PPOClip, GSPO and SAPO the objective that they define.",
+                    "around 0, like `train/loss`; with CISPO and MinPRO not 0 at a rollout's first update, since "
+                    "log pi differs from response to response.",
                 ),
             ),
         ),

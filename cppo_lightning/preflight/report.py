@@ -44,7 +44,7 @@ def preflight(trainer: Trainer, module: RLVRModule, data: RolloutDataModule) -> 
     if not trainer.is_global_zero:
         return
     set_up(trainer, module, data)
-    console = Console()
+    console = Console(emoji=False)
     found = sections(trainer, module, data)
     for section in found:
         section.print(console)

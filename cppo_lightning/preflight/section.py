@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -31,10 +32,10 @@ class Section:
         for style in ("", "bold", "dim"):
             table.add_column(style=style, overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
-        console.print(table, markup=False, highlight=False)
+            table.add_row(*map(Text, row))  # a gold answer or a path is no markup, data.jsonl:100: no emoji
+        console.print(table, highlight=False)
         if self.body is not None:
-            console.print(self.body, markup=False, highlight=False)
+            console.print(self.body, markup=False, emoji=False, highlight=False)
 
 
 def size(count: float) -> str:

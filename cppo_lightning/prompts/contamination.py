@@ -58,8 +58,8 @@ class TrainingTexts:
     """The questions of the training problems, kept as numbers (4 bytes a token) for one evaluation set after another.
 
     Two texts match exactly when their :func:`tokens` are equal.  They match nearly when half of the 5-grams of the shorter
-    (which must have 8) are in the longer and all numbers of one are in the other, and neither has none: so a question that is
-    asked in other words, or of which more is asked, is found, and the same question about other numbers is not.  A question
+    (which must have 8) are in the longer and both or none have numbers, all those of one being in the other: so a question that
+    is asked in other words, or of which more is asked, is found, and the same question about other numbers is not.  A question
     without numbers that differs in a word, however much that changes, is found too.
     """
 

@@ -40,7 +40,7 @@ def micro_batches(batch: RolloutBatch, max_tokens: int, work: Work | None = None
     """Split a minibatch into parts of at most ``max_tokens`` tokens with padding (a longer sequence gets a part of its own).
 
     A part holds sequences of about one length.  Those that take longest come first: ranks that wait for each other at each part
-    wait least then.
+    wait least then.  Rows without a trainable token are in none.
 
     Args:
         batch: rows of one ``group`` have the same prompt.
@@ -100,7 +100,8 @@ def _sequences(extent: Extent, groups: list[int], max_tokens: int, work: Work | 
     """Length and rows of each sequence: a group's responses, longest first, join while that is less work."""
     found: list[tuple[int, list[int]]] = []
     group = None
-    for row in sorted(range(len(groups)), key=lambda row: (groups[row], -extent.responses[row])):
+    trained = [row for row, response in enumerate(extent.responses) if response]
+    for row in sorted(trained, key=lambda row: (groups[row], -extent.responses[row])):
         prompt, response = extent.prompts[row], extent.responses[row]
         if work is not None and groups[row] == group:
             length, members = found[-1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cppo_lightning.batch import Gate
 from cppo_lightning.errors import ConfigError
@@ -20,8 +21,9 @@ class Intersection(TrustRegion):
     """Keeps the tokens that all of its trust regions keep, at the weight that the first one gives them.
 
     The others only drop, so among trust regions that weight kept tokens by rho (PPOClip, DPPO, TRM, CPPO) the order does not
-    matter; put one that changes the weight (CISPO, MinPRO, GSPO, SAPO) first.  With two ``TRM`` it is TRM's Max & Avg
-    (arXiv 2512.23075).  Where two give a diagnostic of one name the first one's stands, but ``rejected`` is true where any is.
+    matter; put one that changes the weight (CISPO, MinPRO, GSPO, SAPO, SoftCPPO) first.  What the first one trains on in spite
+    of ``keep``, as SoftCPPO does, keeps its weight where the others keep it.  With two ``TRM`` it is TRM's Max & Avg (arXiv
+    2512.23075).  Where two give a diagnostic of one name the first one's stands, but ``rejected`` is true where any is.
 
     Args:
         trust_regions: at least one.
@@ -44,18 +46,32 @@ class Intersection(TrustRegion):
     def recomputable(self) -> bool:
         return all(region.recomputable for region in self.trust_regions)
 
+    @property
+    def token_threshold(self) -> float | None:
+        """That of the first trust region with a divergence, since that divergence is the one that gates show."""
+        shown = next((region for region in self.trust_regions if hasattr(region, "divergence")), None)
+        return None if shown is None else shown.token_threshold
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each trust region's state, by its number from 0."""
+        return {str(number): region.state_dict() for number, region in enumerate(self.trust_regions)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for number, region in enumerate(self.trust_regions):
+            if str(number) in state:  # checkpoints used to hold no state of an intersection
+                region.load_state_dict(state[str(number)])
+
     def __call__(self, stats: TokenStats) -> Gate:
         first, *others = (region(stats) for region in self.trust_regions)
-        keep = first.keep
+        allowed = stats.mask  # [B, T] bool, what none of the others drops
         diagnostics: dict[str, Tensor] = dict(first.diagnostics)
         for gate in others:
-            keep = keep & gate.keep
+            allowed = allowed & gate.keep
             # "surrogate" is the value of that region's own objective, which is not this one's
             added = {name: value for name, value in gate.diagnostics.items() if name != "surrogate"}
             if "rejected" in added and "rejected" in diagnostics:
                 added["rejected"] = added["rejected"] | diagnostics.pop("rejected")
             diagnostics = added | diagnostics
-        dropped = first.keep & ~keep
         if "surrogate" in diagnostics:
-            diagnostics["surrogate"] = diagnostics["surrogate"].masked_fill(dropped, 0.0)
-        return Gate(weight=first.weight.masked_fill(dropped, 0.0), keep=keep, diagnostics=diagnostics)
+            diagnostics["surrogate"] = diagnostics["surrogate"].masked_fill(~allowed, 0.0)
+        return Gate(weight=first.weight.masked_fill(~allowed, 0.0), keep=first.keep & allowed, diagnostics=diagnostics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 
 _BRACES = re.compile(r"(?P<box>\\[bf]box(?:ed)?\s*+\{|\\boxed\s*+\{)|\\[{}]|[{}]")
@@ -20,6 +21,9 @@ _PAIRS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), 
 _STYLE = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt)|bm|bold|boldsymbol|boxed|[fmh]box)\s*\{|\\displaystyle\b|\{"
 )
+_CONJUNCTION = re.compile(r",?\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
+_OPENING, _CLOSING = frozenset(("(", "[", "{", "\\{")), frozenset((")", "]", "}", "\\}"))
 _SPACE = r"(?:\\[,;:! ]|\\quad\b|\s|~)"
 _LEADING = re.compile(rf"^(?:{_SPACE}|[*`]|\\approx(?![A-Za-z]))+")
 _TRAILING = re.compile(r"(?:\\[.,;:! ]|[.,;:\s~*`])+$")
@@ -30,7 +34,7 @@ _DIGITS = r"(?:[1-9][0-9]{0,2}(?:(?:,\\!\s*|\{,\}|,|\\[,;: ]|~|\s)[0-9]{3})+(?![
 _PART = rf"\s*(?:\{{\s*(?P<NAME>[+-]?\s*{_DIGITS})\s*\}}|(?P<NAME_digit>[0-9]))"
 _NUMBERS = (
     re.compile(rf"{_SIGN}(?P<whole>[0-9]+)?\s*\\[dt]?frac{_PART.replace('NAME', 'top')}{_PART.replace('NAME', 'bottom')}"),
-    re.compile(rf"{_SIGN}(?P<top>[0-9]+)\s*/\s*(?P<bottom>[0-9]+)"),
+    re.compile(rf"{_SIGN}(?:(?P<whole>[0-9]+){_SPACE}+)?(?P<top>[0-9]+)\s*/\s*(?P<bottom>[0-9]+)"),
     re.compile(rf"{_SIGN}(?P<digits>{_DIGITS}|)\.(?P<decimals>[0-9]+)"),
     re.compile(rf"{_SIGN}(?P<digits>{_DIGITS})"),
 )
@@ -45,6 +49,8 @@ _UNIT = re.compile(
     rf"|(?<=[\s~]){_CHANGES}[a-z]{{2,}}(?:/[a-z]+|[ -]{_CHANGES}[a-z]{{2,}})*)(?:\s*\^\s*\{{?\s*[23]\s*\}}?)?)",
     re.IGNORECASE,
 )
+_BETWEEN = (",", ";", "\\\\", "\\quad", "\\qquad", "\\lor", "\\vee")  # two equations
+_VALUED = re.compile(r"[0-9=]")
 _ASSIGNED = re.compile(r"[a-z][^<>!=]*$", re.IGNORECASE)
 _NAME = re.compile(r"([A-Za-z]{1,3}(?:_\{?[A-Za-z0-9]+\}?|\([A-Za-z0-9]\))?)\s*=[^=]*")
 _LAYOUT = re.compile(rf"\\(?:left|right|displaystyle)(?![A-Za-z])|{_SPACE}")
@@ -106,15 +112,41 @@ def undress(text: str) -> str:
     return text
 
 
+def commas(text: str) -> str:
+    """``text`` with a comma in place of each "and" and "or" between answers."""
+    return _CONJUNCTION.sub(",", text)
+
+
+def nesting(text: str) -> Iterator[tuple[str, int]]:
+    """The TeX commands and other characters of ``text``, each with how many brackets are open after it."""
+    depth = 0
+    for token in _TOKEN.findall(text):
+        depth += (token in _OPENING) - (token in _CLOSING)
+        yield token, depth
+
+
+def cut(text: str, separators: tuple[str, ...]) -> tuple[str, ...]:
+    """``text`` between the separators that stand in no bracket."""
+    pieces = [""]
+    for token, depth in nesting(text):
+        if depth == 0 and token in separators:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return tuple(pieces)
+
+
 def read_number(text: str) -> str | None:
     r"""The number that ``text`` writes, in one canonical spelling (``-5``, ``3/4``); None if it is not just a number.
 
     Understands integers, decimals, fractions and mixed numbers with thousands separators, leading zeros, a currency sign, a
-    unit and a leading ``x =``.  A fraction that reduces to an integer is a sum not yet done, so it gives None, as ``2+3`` does.
+    unit and a leading ``x =``.  A fraction that reduces to an integer is a sum not yet done, so it gives None, as ``2+3`` does;
+    so do several numbers, as in ``x = 1 or x = 2``.
     """
     text = undress(text)
     left, equals, right = text.rpartition("=")
-    if equals and _ASSIGNED.search(left):
+    *others, _ = cut(commas(left), _BETWEEN)  # other equations or values; words, as in "Therefore, x", are neither
+    if equals and _ASSIGNED.search(left) and not any(map(_VALUED.search, others)):
         text = undress(right)
     for pattern in _NUMBERS:
         match = pattern.match(text)
@@ -160,5 +192,5 @@ def squeeze(text: str) -> str:
 
 
 def compact(text: str) -> str:
-    r"""``text`` without spacing, ``\left`` and ``\right``, and with ``\frac`` for its variants."""
-    return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", _LAYOUT.sub("", text))
+    r"""``text`` without spacing, ``\left`` and ``\right``, and with ``\frac`` and ``\emptyset`` for their variants."""
+    return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", _LAYOUT.sub("", text)).replace(r"\varnothing", r"\emptyset")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cppo_lightning.verifiers.normalise import read_number, undress
+from cppo_lightning.verifiers.normalise import commas, cut, nesting, read_number, undress
 
 _THOUSANDS = re.compile(r",\\!\s*(?=[0-9])")
 _SIZES = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])")
-_CONJUNCTION = re.compile(r",?\s*(?:\\(?:text|mbox|mathrm)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))")
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix)\}((?:(?!\\begin|\\end).)*)\\end\{\1\}", re.DOTALL)
-_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|.", re.DOTALL)
-_OPENING, _CLOSING = frozenset(("(", "[", "{", "\\{")), frozenset((")", "]", "}", "\\}"))
 _BASED = re.compile(r"(-?)\s*(?:\\text\s*\{\s*)?([0-9A-Z]*[0-9][0-9A-Z]*)\s*\}?\s*(?:_\s*\{?\s*([0-9]+)\s*\}?)?")
 _HALF_OF_DAY = re.compile(r"(?<![A-Za-z\\])([ap])\.?\s*m\b\.?", re.IGNORECASE)
 
@@ -40,26 +37,26 @@ def split(text: str) -> Parts | None:
     ``(1,2)`` is a point or an interval, whichever: both are compared in order and by their delimiters.  ``1{,}000`` and
     ``1,\!000`` are one number; a comma alone separates.
     """
-    text = _MEMBER.sub("", _CONJUNCTION.sub(",", _SIZES.sub("", _THOUSANDS.sub("{,}", undress(text)))))
+    text = _MEMBER.sub("", commas(_SIZES.sub("", _THOUSANDS.sub("{,}", undress(text)))))
     if matrix := _MATRIX.fullmatch(text):
         rows = [row.split("&") for row in re.split(r"\\\\", matrix[2]) if row.strip()]
         return Parts("x".join(map(str, [len(rows), *map(len, rows)])), tuple(cell for row in rows for cell in row))
-    if len(united := _cut(text, ("\\cup",))) > 1:
+    if len(united := cut(text, ("\\cup",))) > 1:
         return Parts("\\cup", united)
     if (delimiters := _enclosed(text)) is not None:
         opening, closing = delimiters
-        inside = _cut(text[len(opening) : len(text) - len(closing)], (",", ";"))
+        inside = cut(text[len(opening) : len(text) - len(closing)], (",", ";"))
         if opening == "\\{":
             return Parts(",", inside)
         if len(inside) > 1:
             return Parts(opening + closing, inside)
         return None
     for separators in ((",", ";"), (":",), ("\\approx",)):
-        if len(listed := _cut(text, separators)) > 1:
+        if len(listed := cut(text, separators)) > 1:
             return Parts(
                 separators[0], listed if separators != (":",) else tuple(_HALF_OF_DAY.sub("", item) for item in listed)
             )
-    if len(sides := _cut(text, ("=",))) > 1 and all(map(read_number, sides)):
+    if len(sides := cut(text, ("=",))) > 1 and all(map(read_number, sides)):
         return Parts("=", sides)
     return None
 
@@ -76,26 +73,10 @@ def half_of_day(text: str) -> str:
     return "" if found is None else found[1].lower()
 
 
-def _cut(text: str, separators: tuple[str, ...]) -> tuple[str, ...]:
-    """``text`` between the separators that stand in no bracket."""
-    pieces, depth = [""], 0
-    for token in _TOKEN.findall(text):
-        depth += (token in _OPENING) - (token in _CLOSING)
-        if depth == 0 and token in separators:
-            pieces.append("")
-        else:
-            pieces[-1] += token
-    return tuple(pieces)
-
-
 def _enclosed(text: str) -> tuple[str, str] | None:
     """The brackets around the whole text, which need not be of one shape, as in ``[0,1)``."""
-    tokens = _TOKEN.findall(text)
-    if len(tokens) < 2 or tokens[0] not in ("(", "[", "\\{") or tokens[-1] not in (")", "]", "\\}"):
+    tokens = list(nesting(text))
+    if len(tokens) < 2 or any(depth == 0 for _, depth in tokens[:-1]):
         return None
-    depth = 0
-    for token in tokens[:-1]:
-        depth += (token in _OPENING) - (token in _CLOSING)
-        if depth == 0:
-            return None
-    return tokens[0], tokens[-1]
+    opening, closing = tokens[0][0], tokens[-1][0]
+    return (opening, closing) if opening in ("(", "[", "\\{") and closing in (")", "]", "\\}") else None
