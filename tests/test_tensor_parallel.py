@@ -257,4 +257,5 @@ def test_a_run_is_the_same_with_and_without(tiny_model_path: Path, tmp_path: Pat
     for (tag, step), value in apart.items():
         # with the weights that sampled, rounding alone says on which side of 1 a ratio is
         if tag != "mask/toward":
-            assert together[tag, step] == pytest.approx(value, rel=1e-3, abs=1e-6), (tag, step)
+            # gaps of log-probabilities that should be none are rounding themselves
+            assert together[tag, step] == pytest.approx(value, rel=1e-3, abs=1e-5 if "gap" in tag else 1e-6), (tag, step)
