@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from benchmarks.comparison.grid import REPOSITORY
+from benchmarks.comparison.tables import markdown
 from cppo_lightning.chain_model import chain_tokenizer
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.prompts.chain_prompts import OPERATORS
@@ -93,7 +95,8 @@ def pulls(recording: Path, configs: Sequence[Path], rollouts: Sequence[int] | No
     asked, parts = Asked(read_card(recording), {file.stem: load_region(file) for file in configs}), parts_of(recording)
     found: defaultdict[tuple[bool, Step], Pull] = defaultdict(Pull)
     seen = set[int]()
-    for path in track([path for paths in parts.values() for path in paths], "tokens under each trust region"):
+    files = [path for paths in parts.values() for path in paths]
+    for path in track(files, "tokens under each trust region", console=Console(stderr=True)):
         for recorded in read(path):
             if rollouts is None or recorded.place.rollout in rollouts:
                 seen.add(recorded.place.rollout)
@@ -136,24 +139,17 @@ def _kinds(recorded: Recorded) -> Tensor:
 def table(found: Pulls, regions: Sequence[str]) -> str:
     """Markdown: shares of all that is pulled at under the first trust region, by kind of token where A < 0, and where A > 0."""
     whole = sum(pull.by_region[regions[0]] for pull in found.values())
-    down = {step.value: found[False, step] for step in Step}
-    columns = {**{name: [pull] for name, pull in down.items()}, "A > 0": [found[True, step] for step in Step]}
-
-    def row(name: str, words: Sequence[str]) -> str:
-        return f"| {' | '.join([name, *words])} |"
-
-    tokens = {name: sum(pull.tokens for pull in of) for name, of in columns.items()}
-    probable = [sum(pull.probability for pull in of) / max(tokens[name], 1) for name, of in columns.items()]
-    lines = [
-        row("", list(columns)),
-        row("---", ["---:"] * len(columns)),
-        row("tokens", [f"{count:,}" for count in tokens.values()]),
-        row("mean probability when sampled", [f"{share:.3f}" for share in probable]),
+    columns = {f"A < 0: {step.value}": [found[False, step]] for step in Step} | {"A > 0": [found[True, step] for step in Step]}
+    tokens = [sum(pull.tokens for pull in of) for of in columns.values()]
+    likely = [sum(pull.probability for pull in of) for of in columns.values()]
+    rows = [
+        ["tokens, each pass counted", *(f"{count:,}" for count in tokens)],
+        ["mean probability when sampled", *(f"{total / max(n, 1):.3f}" for total, n in zip(likely, tokens, strict=True))],
     ]
     for region in regions:
         shares = [sum(pull.by_region[region] for pull in of) / whole for of in columns.values()]
-        lines.append(row(region, [f"{share:.1%}" for share in shares]))
-    return "\n".join(lines)
+        rows.append([region, *(f"{share:.1%}" for share in shares)])
+    return markdown(["", *columns], rows)
 
 
 def parser() -> argparse.ArgumentParser:
