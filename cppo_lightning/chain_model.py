@@ -45,12 +45,14 @@ class Pretraining:
     Args:
         folder: where the model is written.
         operations: in each chain.
-        slip: share of the values in the second half of the steps that are drawn from all ten digits instead of computed.
+        slip: share of the values in the steps after ``clean_steps`` that are drawn from all ten digits instead of computed.
         steps: optimizer steps.
         batch: chains in a step, each seen once.
         learning_rate: highest of a cycle that rises over the first tenth of the steps and falls over the rest.
-        short: operations that are left of the chains in the first half of the steps; None: all.  Their answers are at the
-            positions that they have behind a whole chain, so that an operation's distance is learnt among few tokens.
+        clean_steps: the first steps, which see no slips; None: half of all.  Arithmetic is learnt several times as fast from values
+            that are right.
+        short: operations that are left of the chains in the clean steps; None: all.  Their answers are at the positions that
+            they have behind a whole chain, so that an operation's distance is learnt among few tokens.
         seed: of the weights, the chains and the slips.
         threads: of torch while it trains; another number sums in another order.
 
@@ -64,6 +66,7 @@ class Pretraining:
     steps: int
     batch: int = 8
     learning_rate: float = 2e-3
+    clean_steps: int | None = None
     short: int | None = None
     seed: int = 0
     threads: int = 1
@@ -74,24 +77,24 @@ class Pretraining:
                 raise ConfigError(f"Pretraining.{name} must be at least 1, got {getattr(self, name)}")
         if self.short is not None and not 1 <= self.short <= self.operations:
             raise ConfigError(f"Pretraining.short must be from 1 to operations = {self.operations}, got {self.short}")
+        if self.clean_steps is not None and not 0 <= self.clean_steps <= self.steps:
+            raise ConfigError(f"Pretraining.clean_steps must be from 0 to steps = {self.steps}, got {self.clean_steps}")
         if not 0 <= self.slip < 1:
             raise ConfigError(f"Pretraining.slip must be in [0, 1), got {self.slip}")
         if self.learning_rate <= 0:
             raise ConfigError(f"Pretraining.learning_rate must be above 0, got {self.learning_rate}")
 
     def traces(self) -> Iterator[tuple[str, str]]:
-        """``steps * batch`` chains of those that are not held out, each with its values, slips included.
-
-        The first half is short and has no slips: arithmetic is learnt several times as fast from values that are right.
-        """
+        """``steps * batch`` chains of those that are not held out, each with its values, slips included."""
         generator = random.Random(self.seed)
 
         def slip(value: int) -> int:
             return generator.randrange(10) if generator.random() < self.slip else value
 
         chains = ChainPrompts(self.operations, self.steps * self.batch, self.seed).chains()
+        clean = self.steps // 2 if self.clean_steps is None else self.clean_steps
         for number, chain in enumerate(chains):
-            if number >= self.steps // 2 * self.batch:
+            if number >= clean * self.batch:
                 yield chain, running_values(chain, slip)
             else:
                 begun = _beginning(chain, self.short or self.operations)

@@ -197,15 +197,25 @@ def test_traces_slip_as_often_as_they_are_told_to() -> None:
     assert [values for _, values in replace(pretraining, slip=0.0).traces()] == [running_values(chain) for chain, _ in traces]
 
 
-def test_the_first_half_is_cut_short_in_whole_batches() -> None:
-    pretraining = Pretraining("unused", 8, slip=0.5, steps=5, batch=3, short=2)
+@pytest.mark.parametrize("clean_steps", [None, 2])
+def test_clean_chains_are_cut_short_in_whole_batches(clean_steps: int | None) -> None:
+    steps = 5 if clean_steps is None else 8  # half of 5, rounded down
+    pretraining = Pretraining("unused", 8, slip=0.5, steps=steps, batch=3, short=2, clean_steps=clean_steps)
     (cut, whole), tokenizer = [list(replace(pretraining, short=short).traces()) for short in (2, None)], chain_tokenizer()
     assert cut[6:] == whole[6:]
     for (chain, written), (longer, values) in zip(cut[:6], whole[:6], strict=True):
         assert (chain, written) == (f"{longer[:5]}={longer[0]},", values[:3])
         assert values == running_values(longer)
     shapes = [[tuple(part.shape) for part in batch] for batch in _Batches(pretraining, tokenizer)]
-    assert shapes == [[(3, 12)] * 3] * 2 + [[(3, 36)] * 3] * 3
+    assert shapes == [[(3, 12)] * 3] * 2 + [[(3, 36)] * 3] * (steps - 2)
+    assert any(values != running_values(chain) for chain, values in cut[6:])
+
+
+@pytest.mark.parametrize("clean_steps", [0, 4])
+def test_all_steps_or_none_may_be_clean(clean_steps: int) -> None:
+    settings = Pretraining("unused", 8, slip=0.9, steps=4, batch=3, short=2, clean_steps=clean_steps)
+    slipped = [values != running_values(chain) for chain, values in settings.traces()]
+    assert all(slipped) if clean_steps == 0 else not any(slipped)
 
 
 def test_a_short_chain_is_read_as_if_what_it_lacks_were_there_and_hidden() -> None:
@@ -249,6 +259,8 @@ def test_pretraining_gives_the_same_weights_again(chain_folder: Path, tmp_path: 
         ({"threads": 0}, r"Pretraining\.threads must be at least 1, got 0"),
         ({"short": 3}, r"Pretraining\.short must be from 1 to operations = 2, got 3"),
         ({"short": 0}, r"Pretraining\.short must be from 1 to operations = 2, got 0"),
+        ({"clean_steps": 2}, r"Pretraining\.clean_steps must be from 0 to steps = 1, got 2"),
+        ({"clean_steps": -1}, r"Pretraining\.clean_steps must be from 0 to steps = 1, got -1"),
         ({"slip": 1.0}, r"Pretraining\.slip must be in \[0, 1\), got 1.0"),
         ({"learning_rate": 0.0}, r"Pretraining\.learning_rate must be above 0, got 0.0"),
     ],
@@ -293,13 +305,14 @@ def in_numbers(operations: int, name: str = "chain_16") -> str:
 
 @pytest.mark.parametrize("operations", [64, 128])
 def test_configs_for_longer_chains_differ_in_what_length_changes(operations: int) -> None:
-    """As many slips in a chain, and a first half of chains that are no longer than those of 16."""
+    """As many slips in a chain, and clean steps of chains that are no longer than those of 16, of which 128 need more."""
     # runs of longer answers are shorter, and evaluated more often
     often = in_numbers(operations).replace("every_n_rollouts: 10", f"every_n_rollouts: {3 if operations == 64 else 2}")
     assert read(f"chain/chain_{operations}") == yaml.safe_load(often)
     start, shortest = read(f"chain/pretrain_{operations}"), read("chain/pretrain_16")
     slip = shortest["slip"] * 16 / operations
-    assert start == {**shortest, "folder": f"models/chain-{operations}", "operations": operations, "slip": slip, "short": 16}
+    longer = {"folder": f"models/chain-{operations}", "operations": operations, "slip": slip, "short": 16}
+    assert start == shortest | longer | ({"steps": 3200, "clean_steps": 2400} if operations == 128 else {})
     Pretraining(**start)
 
 
