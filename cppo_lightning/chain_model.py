@@ -49,8 +49,8 @@ class Pretraining:
         steps: optimizer steps.
         batch: chains in a step, each seen once.
         learning_rate: highest of a cycle that rises over the first tenth of the steps and falls over the rest.
-        clean_steps: the first steps, which see no slips; None: half of all.  Arithmetic is learnt several times as fast from values
-            that are right.
+        clean_steps: the first steps, which see no slips; None: half of all.  Arithmetic is learnt several times as fast from
+            values that are right.
         short: operations that are left of the chains in the clean steps; None: all.  Their answers are at the positions that
             they have behind a whole chain, so that an operation's distance is learnt among few tokens.
         seed: of the weights, the chains and the slips.
