@@ -84,10 +84,11 @@ def write_run(file: Path, told: Mapping[str, str], rows: Mapping[int, Mapping[st
     _write(table, file)
 
 
-def last_evaluation(file: Path) -> float | None:
-    """Of one run's own file; None if it failed before the first."""
-    there = pq.read_table(file, columns=[EVALUATION], use_threads=False)[EVALUATION].drop_null()
-    return there[-1].as_py() if len(there) else None
+def ending(file: Path) -> tuple[str, float | None]:
+    """Of one run's own file: its status, and its last evaluation; None if it failed."""
+    there = pq.read_table(file, columns=["status", EVALUATION], use_threads=False)
+    status, evaluations = there["status"][0].as_py(), there[EVALUATION].drop_null()
+    return status, evaluations[-1].as_py() if status == FINISHED and len(evaluations) else None
 
 
 @dataclass(frozen=True)
