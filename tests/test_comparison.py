@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -16,16 +18,18 @@ import numpy as np
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from rich.console import Console
 
-from benchmarks.comparison import slips
+from benchmarks.comparison import one_run, slips
 from benchmarks.comparison.__main__ import PAGE, main, parser
+from benchmarks.comparison.board import Board
 from benchmarks.comparison.cost import Cost, Times, cost_of
 from benchmarks.comparison.grid import REPOSITORY, STUDY, Run, load_study
 from benchmarks.comparison.one_run import settings
 from benchmarks.comparison.outcomes import Outcome, outcome, unpaired
 from benchmarks.comparison.recorder import RunRecorder
 from benchmarks.comparison.report import write_report
-from benchmarks.comparison.results import EVALUATION, FINISHED, Part, Result, assemble, difference, read
+from benchmarks.comparison.results import EVALUATION, FINISHED, Part, Result, assemble, difference, read, write_run
 from benchmarks.comparison.sweep import Sweep
 from cppo_lightning.cli import main as command_line
 from cppo_lightning.errors import ConfigError, RolloutError
@@ -52,10 +56,10 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("sweeps")
     study = {**SMALL, "tasks": {"chain": {**SMALL["tasks"]["chain"], "config": str(two_rollouts(folder))}}}
-    tokenizer = chain_tokenizer()
+    tokenizer, file = chain_tokenizer(), save(study, folder)
     for saved in (tokenizer, chain_model(tokenizer, 16)):
-        saved.save_pretrained(folder / "models" / "chain")
-    command = [sys.executable, "-m", "tests.sweep_rig", str(folder), str(save(study, folder))]
+        saved.save_pretrained(Sweep(load_study(file), folder, [0]).model("chain"))
+    command = [sys.executable, "-m", "tests.sweep_rig", str(folder), str(file)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     logs = [log.read_text() for log in folder.rglob("log.txt")]
     assert done.returncode == 0, "\n".join([done.stdout, done.stderr, *logs])
@@ -134,6 +138,56 @@ def test_a_run_that_fails_is_a_result(tmp_path: Path) -> None:
     (result,) = read(tmp_path / "results.parquet")
     assert result.status == "not finite; ./nonfinite has it"
     assert outcome(result, DEFINITIONS) == Outcome(run, initial=0.5, best=0.5, final=0.0, collapsed=True, failure=result.status)
+    recorder.rows.clear()  # before it had sampled anything
+    recorder.on_exception(Trainer(), None, RolloutError("no log-probability"))  # type: ignore[arg-type]
+    assemble([Part.load(run, "all", file)], tmp_path / "results.parquet")
+    assert [(r.run, r.status) for r in read(tmp_path / "results.parquet")] == [(run, "no log-probability")]
+
+
+class TestOneRun:
+    def test_a_full_disk_is_not_kept_full(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the run has written is deleted before its times are, for which there may be no place."""
+        study, place = load_study(save(SMALL, tmp_path)), one_run.Place(tmp_path / "run")
+
+        def full(*_: Any) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(one_run, "main", full)
+        monkeypatch.setattr(Times, "save", full)
+        (core, *_), run = sorted(os.sched_getaffinity(0)), DECLARED[0]
+        work = (study, run, tmp_path, place, core, os.getpid(), [])
+        process = multiprocessing.get_context("fork").Process(target=one_run.carry_out, args=work)
+        process.start()
+        process.join()
+        assert process.exitcode == 1
+        assert "No space left on device" in place.log.read_text()
+        assert not place.scratch.exists()
+
+
+class TestBoard:
+    def board(self, tmp_path: Path) -> tuple[Board, io.StringIO]:
+        shown = io.StringIO()
+        study = load_study(save(SMALL, tmp_path))
+        return Board(study, 4, 2, Console(file=shown, force_terminal=True, width=200)), shown
+
+    def test_a_run_that_failed_is_told(self, tmp_path: Path) -> None:
+        """Although it has a result, and evaluations."""
+        board, shown = self.board(tmp_path)
+        sweep = Sweep(board.study, tmp_path / "folder", [0])
+        with board:
+            for run, status in zip(DECLARED, (FINISHED, "not finite"), strict=False):
+                write_run(sweep.place(run).result, {"status": status}, {0: {EVALUATION: 0.6}})
+                assert sweep._note(run, 1, board)
+            board.show(DECLARED[2:])
+        assert "chain/cppo/lr=0.01/reuse=2/seed=1 failed, which is its result: not finite" in shown.getvalue()
+        assert "grpo 0.60 | cppo failed" in shown.getvalue()
+
+    def test_runs_do_not_draw_the_bar_into_their_logs(self, tmp_path: Path) -> None:
+        """They are forks, whose stdout is what it is here."""
+        board, _ = self.board(tmp_path)
+        before = sys.stdout, sys.stderr
+        with board:
+            assert (sys.stdout, sys.stderr) == before
 
 
 class TestGrid:
@@ -153,7 +207,15 @@ class TestGrid:
                 "blocks[0].seeds must list something, and nothing twice, got [1, 1]",
             ),
             (lambda s: s["blocks"][0].update(seeds=[]), "blocks[0].seeds must list something"),
-            (lambda s: s["blocks"][0].update(learning_rates=[0.0]), "blocks[0].learning_rates must be above 0, got 0.0"),
+            (
+                lambda s: s["blocks"][0].update(learning_rates=[0.0]),
+                "blocks[0].learning_rates must be above 0 and finite, got 0.0",
+            ),
+            (
+                lambda s: s["blocks"][0].update(learning_rates=[float("inf")]),
+                "blocks[0].learning_rates must be above 0 and finite, got inf",
+            ),
+            (lambda s: s["definitions"].update(stable_share=20), "definitions.stable_share is a share, from 0 to 1, got 20"),
             (lambda s: s["blocks"][0].update(reuse=[1]), "reuse"),
             (lambda s: s["methods"]["cppo"].update(preset="cpo"), "methods.cppo.preset: 'cpo' is not one of"),
             (lambda s: s["methods"]["cppo"].update(overrides={"delta": -1}), "methods.cppo: CPPO.delta must be above 0"),
@@ -169,6 +231,34 @@ class TestGrid:
         with pytest.raises(ConfigError) as error:
             load_study(save(study, tmp_path))
         assert message in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (b"model: [", "cannot be read"),
+            (b"\xff\xfe\x00\x80", "cannot be read"),
+            (b"model: {trust_region: cppo_lightning.trust_regions.DPPO}", "has no model.trust_region with a class_path"),
+            (b"trainer: {max_epochs: 1}", "has no model.trust_region with a class_path"),
+        ],
+    )
+    def test_files_that_are_no_yaml_or_not_the_right_one(self, tmp_path: Path, text: bytes, message: str) -> None:
+        """One line says which key names the file; a config of ``fit`` may say anything, as long as it is YAML."""
+        own, study = tmp_path / "own.yaml", json.loads(json.dumps(SMALL))
+        own.write_bytes(text)
+        study["methods"]["cppo"] = {"preset": str(own)}
+        with pytest.raises(ConfigError, match=rf"study\.yaml: methods\.cppo\.preset: '.*own\.yaml' {message}"):
+            load_study(save(study, tmp_path))
+        if message == "cannot be read":
+            study = {**SMALL, "tasks": {"chain": {**SMALL["tasks"]["chain"], "config": str(own)}}}
+            with pytest.raises(ConfigError, match=r"study\.yaml: tasks\.chain\.config: '.*own\.yaml' cannot be read"):
+                load_study(save(study, tmp_path))
+            with pytest.raises(ConfigError, match=r"own\.yaml' cannot be read"):
+                load_study(own)
+
+    def test_no_two_runs_have_one_name(self) -> None:
+        """Results lie by it: rates that six digits do not tell apart are other runs."""
+        near, round_ = (Run("chain", "cppo", rate, 2, 1) for rate in (3.1622776601683795e-05, 3.16228e-05))
+        assert near.name != round_.name == "chain/cppo/lr=3.16228e-05/reuse=2/seed=1"
 
     def test_a_trust_region_of_ones_own(self, tmp_path: Path) -> None:
         """A path to a YAML file of it stands where the name of a shipped one does."""
@@ -216,8 +306,10 @@ class TestGrid:
         assert [run.seed for run in study.chosen(method=["cppo"], seed=None)] == [1, 2, 3]
         with pytest.raises(ConfigError, match="--seed: 4 is not one of"):
             study.chosen(seed=[4])
-        with pytest.raises(ConfigError, match="no run of the grid"):
-            study.chosen(method=["grpo"], seed=[3])
+        with pytest.raises(ConfigError, match=r"--learning-rate: 0\.02 is not one of 0\.01"):
+            study.chosen(learning_rate=[0.02])
+        with pytest.raises(ConfigError, match=r"no run of the grid has --method \['grpo'\], --seed \[3\]"):
+            study.chosen(method=["grpo"], seed=[3], reuse=None)
 
     def test_methods_of_a_seed_differ_in_the_trust_region_alone(self, tmp_path: Path) -> None:
         study = load_study(save(SMALL, tmp_path))
@@ -263,10 +355,14 @@ class TestCommands:
         assert "has no result of these runs" in capsys.readouterr().err
 
     def test_known_results_are_taken_over(self, done: Path) -> None:
-        """In another folder they make the same table; what is made of something else is left."""
-        self.collect(done)
-        before = [(done / f"collected.{ending}").read_bytes() for ending in ("parquet", "json")]
+        """In another folder they make the same table, and cost the same; what is made of something else is left."""
         study = load_study(done / "study.yaml")
+        model = Sweep(study, done / "folder", [0]).model("chain")
+        model.mkdir(parents=True)
+        Times(None, 30.0, "a machine").save(model.with_suffix(".json"))
+        self.collect(done)
+        assert cost_of(done / "collected.parquet").models == {"chain": 30.0}
+        before = [(done / f"collected.{ending}").read_bytes() for ending in ("parquet", "json")]
         again = Sweep(study, done / "again", [0])
         assert again.take_over(done / "collected.parquet") == 2
         assert again.take_over(done / "collected.parquet") == 0  # it has them
@@ -291,6 +387,33 @@ class TestCommands:
             config.write_text(text)
             places.append(Sweep(study, tmp_path, [0]).place(DECLARED[0]).folder)
         assert places[0] == places[1] != places[2]
+
+    def test_initial_weights_are_of_what_the_study_says(self, tmp_path: Path) -> None:
+        """In one folder, those that were made in another way are not taken: by other words, or by other settings in a file."""
+        pretraining = tmp_path / "pretrain.yaml"
+
+        def model(slip: float, *words: str) -> Path:
+            pretraining.write_text(f"# how often\nslip: {slip}\n")
+            task = {**SMALL["tasks"]["chain"], "model": ["maker", "--config", str(pretraining), *words]}
+            return Sweep(load_study(save({**SMALL, "tasks": {"chain": task}}, tmp_path)), tmp_path, [0]).model("chain")
+
+        assert model(0.1) == model(0.1)
+        assert len({model(0.1), model(0.2), model(0.1, "--seed=1")}) == 3
+
+    def test_where_it_cannot_run_or_write_is_said_before_it_does(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        study, file = ["--study", str(done / "study.yaml")], done / "file"
+        file.write_text("")
+        core = str(min(os.sched_getaffinity(0)))
+        for options, message in (
+            (["run", "--folder", str(file)], f"--folder {str(file)!r} cannot be written to"),
+            (["run", "--folder", str(file / "in")], f"--folder {str(file / 'in')!r} cannot be written to"),
+            (["run", "--folder", str(done / "new"), "--cores", "4096"], "--cores 4096: this process may use "),
+            (["run", "--folder", str(done / "new"), "--cores", core, core], f"--cores {core}: this process may use "),
+            (["collect", "--folder", str(done / "folder"), "--results", str(done)], f"{str(done)!r} cannot be written"),
+        ):
+            assert main([*options, *study]) == 2
+            assert message in capsys.readouterr().err
+        assert not (done / "new").exists()
 
     def test_documented_commands_are_understood(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Down to their runs, files and options of ``fit``, where they would begin to run for minutes."""

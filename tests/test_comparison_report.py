@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from statistics import NormalDist
@@ -14,6 +15,7 @@ from benchmarks.comparison.cost import cost_of
 from benchmarks.comparison.grid import STUDY, Cell, Run, load_study
 from benchmarks.comparison.outcomes import by_cell, outcome, stability, unpaired
 from benchmarks.comparison.pairs import LEVEL, beyond_chance, expanded, mean_of, paired, pairs, separates
+from benchmarks.comparison.pictures import draw_accuracy, draw_budget, panels
 from benchmarks.comparison.report import of_results, replaced, write_report
 from benchmarks.comparison.results import Result, read
 from benchmarks.comparison.tables import tables
@@ -178,6 +180,32 @@ class TestReport:
         assert replaced(page, "cost", "new \\1") == f"before\n{begin}\n\nnew \\1\n\n{end}\nafter\n"
         with pytest.raises(ConfigError, match="no place for cells"):
             replaced(page, "cells", "new")
+
+    def test_a_page_that_cannot_be_renewed_gets_no_pictures(self, tmp_path: Path) -> None:
+        study, results = load_study(save(SMALL, tmp_path)), table_of(DECLARED, tmp_path)
+        (tmp_path / "page.md").write_text("# Nothing to renew\n")
+        with pytest.raises(ConfigError, match="the page has no place for cost"):
+            write_report(study, results, tmp_path / "page.md")
+        with pytest.raises(ConfigError, match=r"--page '.*none/page\.md': '.*none' is no folder"):
+            write_report(study, results, tmp_path / "none" / "page.md")
+        assert not list(tmp_path.glob("*.png"))
+
+    def test_a_budget_is_seen_beside_one_that_is_overspent(self) -> None:
+        """Each panel of the budget has an axis of its own, with numbers; those of accuracies share one."""
+        results = [result_of(Run("chain", method, 1e-4, 2, 1), [0.6, 0.8]) for method in ("cppo", "cppo_kl")]
+        spent = [
+            {**result.curves, "budget/spent_mean": np.full(2, most)} for result, most in zip(results, (0.3, 20.0), strict=True)
+        ]
+        results = [replace(result, curves=curves) for result, curves in zip(results, spent, strict=True)]
+        numbers = panels(results, [CELL])
+        budget = draw_budget(numbers)
+        assert budget is not None
+        tops = [axes.get_ylim()[1] for axes in budget.axes]
+        assert 0.3 < tops[0] < 0.4
+        assert 20 < tops[1] < 22
+        assert all(axes.yaxis.get_tick_params()["labelleft"] for axes in budget.axes)
+        labelled = [axes.yaxis.get_tick_params()["labelleft"] for axes in draw_accuracy(numbers, "cppo").axes]
+        assert labelled == [True, False]
 
     def test_runs_that_are_not_declared_are_refused(self, tmp_path: Path) -> None:
         study, strange = load_study(save(SMALL, tmp_path)), Run("chain", "cppo", 1e-2, 2, 3)

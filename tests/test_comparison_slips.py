@@ -96,6 +96,16 @@ def test_the_table(recording: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no such rollout" in capsys.readouterr().err
 
 
+def test_what_would_be_no_table_is_refused(recording: Path, tmp_path: Path) -> None:
+    """Two trust regions of one name, of which one would stand in both rows; and one that pulls at nothing."""
+    other = tmp_path / "cppo.yaml"
+    other.write_text((CONFIGS / "trust_region" / "none.yaml").read_text())
+    with pytest.raises(ConfigError, match="'cppo' is the name of 2 files"):
+        slips.pulls(recording, [CONFIGS / "trust_region" / "cppo.yaml", other])
+    with pytest.raises(ConfigError, match="cppo pulls at no token"):
+        slips.table({(up, step): slips.Pull() for up in (True, False) for step in Step}, ["cppo"])
+
+
 def test_recordings_of_other_tasks_are_refused(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slips, "chain_tokenizer", lambda: SimpleNamespace(get_vocab=dict))
     with pytest.raises(ConfigError, match="whose prompts are chains"):

@@ -66,10 +66,10 @@ def _run(options: argparse.Namespace) -> int:
     runs = study.chosen(**{name: getattr(options, name) for name in Run._fields})
     against: Path | None = options.against
     known = _known(runs, against) if against else {}
-    sweep = Sweep(study, options.folder, options.cores or _cores(), options.options)
+    sweep = Sweep(study, options.folder, _cores(options.cores), options.options)
     if options.known:
         taken = sweep.take_over(options.known)
-        print(f"{options.known}: {taken} results taken over")
+        print(f"{options.known}: {taken} results taken over, of declared runs of the same settings that have none here")
     failed = sweep.carry_out(runs)
     if failed:
         print(f"{len(failed)} of {len(runs)} runs have no result; the same command tries them again", file=sys.stderr)
@@ -78,8 +78,12 @@ def _run(options: argparse.Namespace) -> int:
     return _compare(sweep.results, known, against) if against else 0
 
 
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0))
+def _cores(wanted: Sequence[int] | None = None) -> list[int]:
+    there = sorted(os.sched_getaffinity(0))
+    for core in wanted or ():
+        if core not in there or list(wanted or ()).count(core) > 1:
+            raise ConfigError(f"--cores {core}: this process may use {', '.join(map(str, there))}, each for one run at a time")
+    return list(wanted or there)
 
 
 def _known(runs: Sequence[Run], against: Path) -> dict[Run, Result]:

@@ -32,9 +32,12 @@ class Board:
     console: Console = field(default_factory=Console)
 
     def __post_init__(self) -> None:
-        # refreshed by hand: a thread that refreshes it could hold the console's lock while a run is forked
+        # refreshed by hand: a thread that refreshes it could hold the console's lock while a run is forked; and a run would
+        # inherit what the bar puts in place of stdout, which draws it into the run's log
         columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, auto_refresh=False, console=self.console)
+        self._progress = Progress(
+            *columns, auto_refresh=False, console=self.console, redirect_stdout=False, redirect_stderr=False
+        )
         self._bar = self._progress.add_task("", total=self.total)
         self._taken = self._expected = 0.0  # seconds on one core, of runs of this session
         self._accuracies: deque[str] = deque(maxlen=_LAST)
@@ -50,7 +53,7 @@ class Board:
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def ended(self, run: Run, seconds: float | None, accuracy: float | None) -> None:
-        """Take note of a run that has a result now."""
+        """Take note of a run that has a result now; ``accuracy``: None of one that failed."""
         if seconds is not None:
             self._taken += seconds
             self._expected += self._expect([run])

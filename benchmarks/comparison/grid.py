@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -42,8 +44,8 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """One that may be a path."""
-        return f"{self.task}/{self.method}/lr={self.learning_rate:g}/reuse={self.reuse}/seed={self.seed}"
+        """One that may be a path, and no other run's."""
+        return f"{self.task}/{self.method}/lr={self.learning_rate}/reuse={self.reuse}/seed={self.seed}"
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,9 @@ class Study:
         _check_name("definitions.reference", self.definitions.reference, self.methods)
         if not self.definitions.final_evaluations >= 1:
             raise ConfigError(f"definitions.final_evaluations must be at least 1, got {self.definitions.final_evaluations}")
+        for key in ("collapsed_below", "stable_share", "separation"):
+            if not 0 <= getattr(self.definitions, key) <= 1:
+                raise ConfigError(f"definitions.{key} is a share, from 0 to 1, got {getattr(self.definitions, key)}")
         for name, task in self.tasks.items():
             if task.rollouts is not None and task.rollouts < 1:
                 raise ConfigError(f"tasks.{name}.rollouts must be at least 1, got {task.rollouts}")
@@ -146,8 +151,8 @@ class Study:
                 for name in getattr(block, key):
                     _check_name(f"{where}.{key}", name, known)
             for key, least in (("learning_rates", 0.0), ("reuses", 0)):
-                if wrong := [value for value in getattr(block, key) if not value > least]:
-                    raise ConfigError(f"{where}.{key} must be above 0, got {wrong[0]}")
+                if wrong := [value for value in getattr(block, key) if not least < value < math.inf]:
+                    raise ConfigError(f"{where}.{key} must be above 0 and finite, got {wrong[0]}")
 
     def runs(self) -> list[Run]:
         """Every run once, in the order of the blocks."""
@@ -169,10 +174,11 @@ class Study:
         runs = self.runs()
         for key, values in wanted.items():
             for value in values or ():
-                _check_name(f"--{key}", value, {getattr(run, key): None for run in runs})
+                _check_name(f"--{key.replace('_', '-')}", value, {getattr(run, key): None for run in runs})
         chosen = [run for run in runs if all(not values or getattr(run, key) in values for key, values in wanted.items())]
         if not chosen:
-            raise ConfigError(f"no run of the grid is {wanted}; take some that one of its blocks combines")
+            asked = ", ".join(f"--{key.replace('_', '-')} {values}" for key, values in wanted.items() if values)
+            raise ConfigError(f"no run of the grid has {asked or 'a block'}; take some that one of its blocks combines")
         return chosen
 
 
@@ -187,7 +193,7 @@ def region_settings(method: Method, where: str) -> dict[str, Any]:
     """``class_path`` and ``init_args`` of a method's trust region, tried out.
 
     Raises:
-        ConfigError: the preset is missing, or an override is not one of its class's, or out of range.
+        ConfigError: the preset is missing or names no trust region, or an override is not one of its class's, or out of range.
     """
     from omegaconf import OmegaConf
 
@@ -198,7 +204,13 @@ def region_settings(method: Method, where: str) -> dict[str, Any]:
     if not file.is_file():
         shipped = sorted((REPOSITORY / _PRESETS).glob("*.yaml"))
         _check_name(f"{where}.preset", method.preset, {path.stem: None for path in shipped})
-    preset = OmegaConf.select(OmegaConf.load(file), "model.trust_region")
+    with _reading(f"{where}.preset: {method.preset!r}"):
+        preset = OmegaConf.select(OmegaConf.create({"file": OmegaConf.load(file)}), "file.model.trust_region")
+    if not OmegaConf.is_dict(preset):
+        raise ConfigError(
+            f"{where}.preset: {method.preset!r} has no model.trust_region with a class_path; take a file such as "
+            f"{_PRESETS}/cppo.yaml"
+        )
     merged = OmegaConf.to_container(OmegaConf.merge(preset, {"init_args": method.overrides}))
     assert isinstance(merged, dict)
     made_from(merged, TrustRegion, where)
@@ -212,19 +224,29 @@ def load_study(file: Path = STUDY) -> Study:
         ConfigError: the file cannot be read, or something in it is wrong; names key and value.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     from cppo_lightning.replay.regions import made_from
 
-    try:
+    with _reading(repr(str(file))):
         settings = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
     study = made_from(settings, Study, file.name)
     for name, method in study.methods.items():
         region_settings(method, f"{file.name}: methods.{name}")
     for name, task in study.tasks.items():
         if not (REPOSITORY / task.config).is_file():
             raise ConfigError(f"{file.name}: tasks.{name}.config: {task.config!r} is no file in the repository")
+        with _reading(f"{file.name}: tasks.{name}.config: {task.config!r}"):
+            OmegaConf.load(REPOSITORY / task.config)
     return study
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """A file that is no YAML, or cannot be opened, becomes a :class:`ConfigError` of one line."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{what} cannot be read: {' '.join(str(error).split())}") from error

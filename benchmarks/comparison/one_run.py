@@ -96,11 +96,12 @@ def carry_out(study: Study, run: Run, model: Path, place: Place, core: int, swee
     os.chdir(REPOSITORY)
     shutil.rmtree(place.scratch, ignore_errors=True)
     place.scratch.mkdir(parents=True)
+    config = place.scratch / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(study, run, model)))
+    # from here on what goes wrong is in the log, which on a full disk takes nothing
     with place.log.open("wb") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-    config = place.scratch / "run.yaml"
-    config.write_text(yaml.safe_dump(settings(study, run, model)))
     started = time.perf_counter()
     try:
         main(
@@ -114,8 +115,8 @@ def carry_out(study: Study, run: Run, model: Path, place: Place, core: int, swee
             ]
         )
     finally:
-        _times(time.perf_counter() - started).save(place.times)
         shutil.rmtree(place.scratch, ignore_errors=True)
+        _times(time.perf_counter() - started).save(place.times)
 
 
 def _times(seconds: float) -> Times:

@@ -111,7 +111,10 @@ def draw_masks(numbers: Panels) -> Figure:
 
 
 def draw_budget(numbers: Panels) -> Figure | None:
-    """Share of the allowed prefix budget that responses spend, over rollouts; None if no method has one."""
+    """Share of the allowed prefix budget that responses spend, over rollouts; None if no method has one.
+
+    Each panel has a y-axis of its own: a budget of KL is overspent thirty times where one of TV is not spent.
+    """
     spent, exhausted = "budget/spent_mean", "budget/exhausted_share"
     have = {
         cell: {
@@ -124,7 +127,7 @@ def draw_budget(numbers: Panels) -> Figure | None:
     have = {cell: methods for cell, methods in have.items() if methods}
     if not have:
         return None
-    figure, grid = _grid(have, "Prefix budget over rollouts, mean over seeds")
+    figure, grid = _grid(have, "Prefix budget over rollouts, mean over seeds", shared=False)
     for axes, _, found in grid:
         for tag, colour, name in (
             (spent, BY_BUDGET, "spent, share of what a response was allowed"),
@@ -157,8 +160,8 @@ def _over_run(found: Sequence[Result], tag: str) -> float:
     return float(np.average(values[there], weights=steps[there])) if there.any() else float("nan")
 
 
-def _grid(numbers: Panels, title: str) -> tuple[Figure, list[tuple[Axes, Cell, Sequence[Result]]]]:
-    """A figure with a panel for each method, the cells one below the other, each with a y-axis of its own."""
+def _grid(numbers: Panels, title: str, shared: bool = True) -> tuple[Figure, list[tuple[Axes, Cell, Sequence[Result]]]]:
+    """A figure with a panel for each method, the cells one below the other, each with a y-axis of its own, or each panel."""
     columns = min(COLUMNS, max(map(len, numbers.values())))
     rows = {cell: math.ceil(len(methods) / columns) for cell, methods in numbers.items()}
     size = (max(2.1 * columns, 7.0), 1.1 + 1.5 * sum(rows.values()) + 0.3 * len(rows))  # inches
@@ -172,7 +175,7 @@ def _grid(numbers: Panels, title: str) -> tuple[Figure, list[tuple[Axes, Cell, S
         for axes in places[len(methods) :]:
             axes.remove()
         for place, (axes, (method, results)) in enumerate(zip(places, methods.items(), strict=False)):
-            _panel(axes, places[0], place % columns == 0, place + columns >= len(methods))
+            _panel(axes, places[0] if shared else axes, place % columns == 0, place + columns >= len(methods))
             above = "\n" if place < columns else ""  # room for the cell's name
             name = above + method.replace("cppo_", "cppo: ").replace("_", " ")
             axes.set_title(name, fontsize=SIZES["subtitle"], color=TEXT)
@@ -197,4 +200,4 @@ def _panel(axes: Axes, first: Axes, leftmost: bool, lowest: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if axes is not first:
         axes.sharey(first)
-    axes.tick_params(labelleft=leftmost, labelbottom=lowest)
+    axes.tick_params(labelleft=leftmost or axes is first, labelbottom=lowest)

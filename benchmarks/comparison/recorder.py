@@ -101,7 +101,8 @@ class RunRecorder(Callback):
         if isinstance(exception, RolloutError):
             # where this machine keeps the run is none of its results
             reason = str(exception).replace(str(trainer.default_root_dir), ".")
-            write_run(self.file, {"status": reason, **self.told}, self.rows)
+            # a table has no place for a run without rows
+            write_run(self.file, {"status": reason, **self.told}, self.rows or {0: {}})
 
 
 def _tokens_digest(rollout: Rollout) -> str:

@@ -30,12 +30,17 @@ def write_report(study: Study, results_file: Path, page: Path) -> list[Path]:
 
     Raises:
         ConfigError: results that cannot be read, that are of a run which the study does not declare, or whose runs are not
-            paired; or a page without markers.
+            paired; or a page without markers, or in no folder.
     """
     from benchmarks.comparison.overview import draw_overview
     from benchmarks.comparison.pictures import pictures
     from cppo_lightning.figures.style import to_png
 
+    if not page.parent.is_dir():
+        raise ConfigError(f"--page {str(page)!r}: {str(page.parent)!r} is no folder; make it, or take another one")
+    text = page.read_text() if page.exists() else new_page()
+    for name in _SECTIONS:  # before pictures of other results are beside it
+        replaced(text, name, "")
     results = read(results_file)
     parts = of_results(study, results, cost_of(results_file))
     cells = _cells(study, results)
@@ -44,7 +49,6 @@ def write_report(study: Study, results_file: Path, page: Path) -> list[Path]:
     parts["overview"] = f"![Final accuracy of every run, by cell and method]({overview.name})"
     drawn = pictures(study, results, cells, page)
     parts["pictures"] = "\n\n".join(f"![{words}]({file.name})" for file, words in drawn.items())
-    text = page.read_text() if page.exists() else new_page()
     for name, part in parts.items():
         text = replaced(text, name, part)
     with whole_file(page) as file:

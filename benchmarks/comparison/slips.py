@@ -90,8 +90,12 @@ def pulls(recording: Path, configs: Sequence[Path], rollouts: Sequence[int] | No
         rollouts: numbers of those to look at; None: all.
 
     Raises:
-        ConfigError: a file that cannot be read, a prompt that is no chain, or a rollout that is not in the recording.
+        ConfigError: a file that cannot be read, two of one name, a prompt that is no chain, or a rollout that is not in the
+            recording.
     """
+    names = [file.stem for file in configs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--config: {twice[0]!r} is the name of {names.count(twice[0])} files; give each one of its own")
     asked, parts = Asked(read_card(recording), {file.stem: load_region(file) for file in configs}), parts_of(recording)
     found: defaultdict[tuple[bool, Step], Pull] = defaultdict(Pull)
     seen = set[int]()
@@ -137,8 +141,14 @@ def _kinds(recorded: Recorded) -> Tensor:
 
 
 def table(found: Pulls, regions: Sequence[str]) -> str:
-    """Markdown: shares of all that is pulled at under the first trust region, by kind of token where A < 0, and where A > 0."""
+    """Markdown: shares of all that is pulled at under the first trust region, by kind of token where A < 0, and where A > 0.
+
+    Raises:
+        ConfigError: that one pulls at nothing.
+    """
     whole = sum(pull.by_region[regions[0]] for pull in found.values())
+    if not whole:
+        raise ConfigError(f"{regions[0]} pulls at no token there, so that there are no shares of it; take other --rollouts")
     columns = {f"A < 0: {step.value}": [found[False, step]] for step in Step} | {"A > 0": [found[True, step] for step in Step]}
     tokens = [sum(pull.tokens for pull in of) for of in columns.values()]
     likely = [sum(pull.probability for pull in of) for of in columns.values()]

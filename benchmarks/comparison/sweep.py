@@ -28,12 +28,13 @@ from benchmarks.comparison.board import Board
 from benchmarks.comparison.cost import Cost, Times, cost_of, times_of
 from benchmarks.comparison.grid import REPOSITORY, Run, Study
 from benchmarks.comparison.one_run import Place, carry_out
-from benchmarks.comparison.results import Part, assemble, last_evaluation, taken_apart
+from benchmarks.comparison.results import FINISHED, Part, assemble, ending, taken_apart
 from benchmarks.measure import setup
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.verifiers.worker import die_with_parent
 
 _REFRESH = 1.0  # seconds
+_DYING = 10.0  # seconds that the runs of a sweep which was just killed may take to end, and to let go of its folder
 
 
 class Sweep:
@@ -52,6 +53,8 @@ class Sweep:
         self.cores = cores
         self.options = list(options)
         files = {made.config for made in (*study.tasks.values(), *study.methods.values())}
+        words = {word for task in study.tasks.values() for word in task.model}
+        files |= {word for word in words if word.endswith((".yaml", ".yml")) and (REPOSITORY / word).is_file()}
         # what they say, whatever their comments
         self._configs: dict[str, Any] = {file: OmegaConf.to_container(OmegaConf.load(REPOSITORY / file)) for file in files}
         self._running: dict[int, tuple[ForkProcess, Run, int]] = {}  # by sentinel; the last is its core
@@ -60,8 +63,8 @@ class Sweep:
         """Where a run's files are: elsewhere for every other way to make it, so that no result is taken for another's."""
         task, method = self.study.tasks[run.task], self.study.methods[run.method]
         configs = [self._configs[file] for file in (task.config, method.config)]
-        made_of = repr((task.model, task.rollouts, method.overrides, configs, self.options))
-        return Place(self.folder / "runs" / run.name / hashlib.blake2b(made_of.encode(), digest_size=4).hexdigest())
+        made_of = _digest(task.model, task.rollouts, method.overrides, configs, self.options)
+        return Place(self.folder / "runs" / run.name / made_of)
 
     @property
     def results(self) -> Path:
@@ -75,7 +78,7 @@ class Sweep:
             Runs that ended without a result, for which their logs have to be read.
 
         Raises:
-            ConfigError: another sweep uses the folder, or a model cannot be made.
+            ConfigError: another sweep uses the folder, it cannot be written to, or a model cannot be made.
         """
         with _alone(self.folder), Board(self.study, len(runs), len(self.cores)) as board:
             left = [run for run in runs if not self.place(run).result.exists()]
@@ -97,13 +100,17 @@ class Sweep:
             How many they are.
 
         Raises:
-            ConfigError: none has a result.
+            ConfigError: none has a result, or ``to`` cannot be written.
         """
         there = [run for run in runs if self.place(run).result.exists()]
         if not there:
             raise ConfigError(f"--folder {str(self.folder)!r} has no result of these runs; make some with `run`")
-        assemble([Part.load(run, self.place(run).made_of, self.place(run).result) for run in there], to)
-        self._cost(there).save(to)
+        parts, cost = [Part.load(run, self.place(run).made_of, self.place(run).result) for run in there], self._cost(there)
+        try:
+            assemble(parts, to)
+            cost.save(to)
+        except OSError as error:
+            raise ConfigError(f"{str(to)!r} cannot be written ({error}); what has a result keeps it") from error
         return len(there)
 
     def take_over(self, file: Path) -> int:
@@ -124,6 +131,10 @@ class Sweep:
                     Times(None, core_seconds, cost.machine).save(place.times)
                 part.save(place.result)
                 taken += 1
+                noted = self._model_times(part.run.task)
+                if part.run.task in cost.models and not noted.exists():
+                    noted.parent.mkdir(parents=True, exist_ok=True)
+                    Times(None, cost.models[part.run.task], cost.machine).save(noted)
         return taken
 
     def _carry_out(self, runs: Sequence[Run], board: Board) -> list[Run]:
@@ -154,13 +165,17 @@ class Sweep:
         if not place.result.exists():
             board.tell(f"{run.name} ended with {exitcode} and without a result: see {place.log}")
             return False
+        status, accuracy = ending(place.result)
+        if status != FINISHED:
+            board.tell(f"{run.name} failed, which is its result: {status}")
         times = times_of(place.times)
-        board.ended(run, times.seconds if times else None, last_evaluation(place.result))
+        board.ended(run, times.seconds if times else None, accuracy)
         return True
 
     def model(self, task: str) -> Path:
-        """The folder of a task's initial weights."""
-        return self.folder / "models" / task
+        """The folder of a task's initial weights: elsewhere for every other way to make them."""
+        words = self.study.tasks[task].model
+        return self.folder / "models" / task / _digest(words, [self._configs[word] for word in words if word in self._configs])
 
     def _make_model(self, task: str, board: Board) -> None:
         model = self.model(task)
@@ -182,7 +197,7 @@ class Sweep:
         Times(time.perf_counter() - started, _core_seconds_of_children() - before, setup()).save(self._model_times(task))
 
     def _model_times(self, task: str) -> Path:
-        return self.folder / "models" / f"{task}.json"
+        return self.model(task).with_suffix(".json")
 
     def _cost(self, runs: Sequence[Run]) -> Cost:
         """Of the runs and of their tasks' initial weights; what else the cores did meanwhile is not in it."""
@@ -197,16 +212,29 @@ class Sweep:
         )
 
 
+def _digest(*of: Any) -> str:
+    return hashlib.blake2b(repr(of).encode(), digest_size=4).hexdigest()
+
+
 def _core_seconds_of_children() -> float:
     return sum(os.times()[2:4])
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"--folder {str(folder)!r} is in use by a sweep that is under way") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"--folder {str(folder)!r} cannot be written to ({error}); take another one") from error
+    with opened as lock:
+        until = time.monotonic() + _DYING
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise ConfigError(f"--folder {str(folder)!r} is in use by a sweep that is under way") from error
+                time.sleep(0.1)
         yield
