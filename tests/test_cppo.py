@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cppo_lightning.batch import Gate, TokenStats
-from cppo_lightning.divergences import BinaryKL, BinaryTV, TopKKL, TopKTV
+from cppo_lightning.divergences import BinaryKL, BinaryTV, Divergence, TopKKL, TopKTV
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, Totals, policy_gradient_loss, surrogate_value
 from cppo_lightning.trust_regions import CPPO, DPPO
@@ -61,6 +61,30 @@ def test_worked_vectors(name: str) -> None:
     exhausted = [i for i, c in enumerate(expected["c"]) if c <= 0]
     assert gate.diagnostics["budget_exhausted"].tolist() == [bool(exhausted)]
     assert gate.diagnostics["first_exhausted"].tolist() == [exhausted[0] if exhausted else -1]
+
+
+@dataclass(frozen=True)
+class Given(Divergence):
+    """D_t as given, exactly, which probabilities can hardly make it."""
+
+    values: tuple[float, ...]
+
+    def __call__(self, stats: TokenStats) -> torch.Tensor:
+        return torch.tensor([self.values])
+
+
+def test_a_token_at_its_limit_is_kept_and_a_budget_spent_to_the_last_is_exhausted() -> None:
+    """Z_t = c_t at tokens 1 (its own limit), 2 and 5 (the budget's); 3 is the next float32 above it, 4 beyond delta."""
+    above = 0.25 + 2.0**-25
+    cppo = CPPO(Given((0.5, 0.25, above, 1.0, 0.0)), delta=0.5, delta_b=0.25, w_min=1.0, adaptive=False)
+    gate = cppo(from_probabilities([0.5] * 5, [0.6] * 5, 1.0))
+    np.testing.assert_allclose(gate.diagnostics["threshold"][0].numpy(), [0.5, 0.25, 0.25, 0.25, -0.5], atol=1e-7)
+    assert gate.keep[0].tolist() == [True, True, False, False, False]
+    assert gate.diagnostics["masked_by_budget"][0].tolist() == [False, False, True, False, True]
+    last = replace(cppo, divergence=Given((0.5, 0.25, 0.5, 0.25, 0.0)))(from_probabilities([0.5] * 5, [0.6] * 5, 1.0))
+    assert last.diagnostics["threshold"][0].tolist() == [0.5, 0.25, 0.25, 0.0, 0.0]
+    assert last.keep[0].tolist() == [True, True, False, False, True]
+    assert last.diagnostics["first_exhausted"].tolist() == [3]
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"cppo_A_topk_no_budget"}))
@@ -294,12 +318,13 @@ def test_kept_is_what_both_bounds_allow(batch: Batch) -> None:
     assert torch.equal(gate.keep[certain], feasible[certain])
 
 
-def test_position_weights_are_float32_whatever_tensors_are_by_default() -> None:
+@pytest.mark.parametrize("cppo", [CPPO(), FixedHorizonCPPO()], ids=["own length", "fixed horizon"])
+def test_position_weights_are_float32_whatever_tensors_are_by_default(cppo: CPPO) -> None:
     mask = torch.ones(1, 8192, dtype=torch.bool)
     expected = 1 - 0.2 * torch.arange(8192, dtype=torch.float64) / 8191
     torch.set_default_dtype(torch.bfloat16)
     try:
-        weight = CPPO().position_weight(mask)[0]
+        weight = cppo.position_weight(mask)[0]
     finally:
         torch.set_default_dtype(torch.float32)
     assert weight.dtype == torch.float32
@@ -414,6 +439,7 @@ def test_masked_quantile_equals_numpy(q: float) -> None:
         ("delta", 0),
         ("delta", -0.1),
         ("delta_b", -1),
+        ("delta_b", float("inf")),  # times W_0 = 0 it is not a number, and the first token would be under no limit
         ("w_min", 0),
         ("w_min", 1.2),
         ("quantile", 2),

@@ -50,6 +50,13 @@ def test_the_sampled_token_gets_a_bin_beside_the_top_k_and_not_in_place_of_one()
     assert replaced["keep"][1] == 1
 
 
+def test_a_token_at_the_threshold_is_kept() -> None:
+    stats = response("A")
+    found = BinaryTV()(stats)[0, 2]
+    for delta, kept in ((float(found), True), (float(found.nextafter(torch.tensor(0.0))), False)):
+        assert bool(DPPO(BinaryTV(), delta)(stats).keep[0, 2]) is kept
+
+
 def test_max_ratio_caps_the_weight_and_not_the_decision() -> None:
     free, capped = DPPO(TopKTV(5))(random_stats(2)), DPPO(TopKTV(5), max_ratio=1.1)(random_stats(2))
     assert torch.equal(free.keep, capped.keep)

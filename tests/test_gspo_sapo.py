@@ -61,6 +61,19 @@ def test_sapo_worked_vectors() -> None:
         np.testing.assert_allclose((-stats.advantages * gate.weight)[row, own].numpy(), expected["g"], rtol=2e-6)
 
 
+def test_sapo_keeps_its_temperatures_whatever_tensors_are_by_default() -> None:
+    """As a bfloat16, 1.05 would be 1.047."""
+    stats = random_stats(2)
+    expected = SAPO()(stats)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        gate = SAPO()(stats)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(gate.weight, expected.weight)
+    assert torch.equal(gate.diagnostics["surrogate"], expected.diagnostics["surrogate"])
+
+
 def test_sapo_fades_faster_where_the_advantage_is_negative() -> None:
     stats = random_stats(1)
     weights = {}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, Totals, policy_gradient_loss, surrogate_value
 from cppo_lightning.trust_regions import PPOClip
 from tests.test_cppo import random_stats
-from tests.worked import VECTORS, response, stack
+from tests.worked import VECTORS, from_probabilities, response, stack
 
 CASES = {
     "grpo_sym_0.2": PPOClip(0.2, 0.2),
@@ -53,12 +55,36 @@ def test_gradient_is_that_of_the_textbook_surrogate(clip: PPOClip, seed: int) ->
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
 
 
+def test_a_ratio_on_the_edge_is_kept() -> None:
+    stats = response("A")
+    rho = stats.ratio[0].double()
+    up, down = 1, 3  # 2.4 where A > 0, and 0.71 where A < 0
+    for nudge, kept in ((0.0, True), (5e-7, False)):  # two float32 at 2.4
+        assert bool(PPOClip(0.2, float(rho[up] - 1) - nudge)(stats).keep[0, up]) is kept
+        negative = replace(stats, advantages=-stats.advantages)
+        assert bool(PPOClip(float(1 - rho[down]) - nudge, 0.2)(negative).keep[0, down]) is kept
+        dual = PPOClip(0.2, 0.2, dual_clip=float(rho[up]) - nudge)
+        assert bool(dual(negative).keep[0, up]) is kept
+
+
+def test_a_clipped_token_has_no_gradient_however_large_its_ratio() -> None:
+    """e^119 overflows float32, and 0 times it is not a number."""
+    for advantage, clip in ((1.0, PPOClip()), (-1.0, PPOClip(dual_clip=3.0))):
+        stats = replace(from_probabilities([0.5, 0.5], [0.5, 0.5], advantage), rollout_logp=torch.tensor([[-120.0, -0.5]]))
+        assert stats.ratio[0, 0] == float("inf")
+        gate = clip(stats)
+        assert gate.keep.tolist() == [[False, True]]
+        assert torch.equal(gate.weight, torch.where(gate.keep, stats.ratio, 0.0))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"eps_low": 0}, r"PPOClip\.eps_low must be in \(0, 1\]"),
         ({"eps_high": -0.1}, r"PPOClip\.eps_high must be above 0"),
+        ({"eps_high": float("nan")}, r"PPOClip\.eps_high must be above 0 .* got nan"),
         ({"dual_clip": 1.0}, r"PPOClip\.dual_clip must be above 1"),
+        ({"dual_clip": float("nan")}, r"PPOClip\.dual_clip must be above 1 .* got nan"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, float], message: str) -> None:

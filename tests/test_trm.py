@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 from cppo_lightning.divergences import BinaryKL, BinaryTV, SampledK2, SampledK3, TopKKL, TopKTV
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.losses import LossAggregation, Totals, surrogate_value
+from cppo_lightning.positions import token_limit
 from cppo_lightning.trust_regions import CISPO, CPPO, DPPO, TRM, Intersection, PPOClip, SoftCPPO, TrustRegion
 from tests.test_cppo import random_stats
 from tests.worked import RESPONSES, VECTORS, response
@@ -70,6 +71,15 @@ def test_worked_statistics(name: str) -> None:
 
 def whole_k(name: str) -> int:
     return len(RESPONSES[name][2][0])
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_a_response_at_the_threshold_is_kept(reduce: Literal["max", "mean"]) -> None:
+    stats = response("D")
+    region = TRM(reduce, divergence=BinaryKL())
+    whole = region.whole(region.divergence(stats), stats.mask)
+    for delta, kept in ((float(whole), True), (float(whole.nextafter(torch.tensor(0.0))), False)):
+        assert bool(TRM(reduce, delta, BinaryKL())(stats).keep.all()) is kept
 
 
 def test_neither_sign_nor_direction_matters() -> None:
@@ -132,6 +142,22 @@ def test_the_threshold_is_that_of_the_divergence_which_is_shown() -> None:
         assert both.token_threshold == shown.token_threshold
         assert torch.equal(both(stats).diagnostics["divergence"], shown(stats).diagnostics["divergence"])
     assert Intersection([clip, CISPO()]).token_threshold is None
+
+
+@pytest.mark.parametrize("shown", [DPPO(BinaryTV(), 0.1), TRM("max", 0.07, BinaryKL())], ids=["dppo", "trm"])
+def test_no_weights_of_one_region_stand_next_to_the_divergence_of_another(shown: DPPO | TRM) -> None:
+    """Its limit on D_t would be delta / w_t, and S_t would be of another D_t."""
+    stats, cppo = random_stats(9), CPPO(TopKTV(5), delta=0.3)
+    cppos = ("token_weight", "weighted_divergence", "budget_allowed")
+    both = Intersection([PPOClip(), shown, cppo])
+    gate, delta = both(stats), both.token_threshold
+    assert delta is not None
+    assert torch.equal(token_limit(stats, gate, delta), stats.mask * delta)
+    assert not any(name in gate.diagnostics for name in cppos)
+    assert torch.equal(gate.diagnostics["budget_spent"], cppo(stats).diagnostics["budget_spent"])
+    for regions in ([PPOClip(), cppo, shown], [cppo, shown, CPPO(BinaryTV())]):
+        gate = Intersection(regions)(stats)
+        assert all(torch.equal(gate.diagnostics[name], cppo(stats).diagnostics[name]) for name in cppos)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ class CPPO(TrustRegion):
         ranges = {
             "delta": (self.delta > 0, "above 0 (the paper uses 0.15)"),
             "delta_b": (
-                self.delta_b is None or self.delta_b >= 0,
-                "at least 0 (the paper uses 0.015 to 0.03), or null",
+                self.delta_b is None or 0 <= self.delta_b < math.inf,
+                "at least 0 (the paper uses 0.015 to 0.03), or null for no prefix budget",
             ),
             "w_min": (0 < self.w_min <= 1, "in (0, 1] (the paper uses 0.8)"),
             "quantile": (0 <= self.quantile <= 1, "in [0, 1] (the paper uses 0.9)"),

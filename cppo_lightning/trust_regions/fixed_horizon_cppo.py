@@ -38,5 +38,5 @@ class FixedHorizonCPPO(CPPO):
     def position_weight(self, mask: Tensor, position: Tensor | None = None) -> Tensor:
         """w_t ``[B, T]`` float32, 0 where masked: from 1 at the first trainable token to ``w_min`` at the H-th and after."""
         position = positions(mask) if position is None else position
-        share = position.clamp(max=self.horizon - 1) / (self.horizon - 1)
+        share = position.clamp(max=self.horizon - 1).float() / (self.horizon - 1)
         return (1 - (1 - self.w_min) * share).masked_fill_(~mask, 0.0)

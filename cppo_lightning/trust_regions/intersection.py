@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from cppo_lightning.batch import TokenStats
 
+# what diagnostics say of the divergence beside them: of another region's they would be wrong
+_OF_A_DIVERGENCE = frozenset({"token_weight", "weighted_divergence", "budget_allowed"})
+
 
 @dataclass(frozen=True)
 class Intersection(TrustRegion):
@@ -24,6 +27,7 @@ class Intersection(TrustRegion):
     matter; put one that changes the weight (CISPO, MinPRO, GSPO, SAPO, SoftCPPO) first.  What the first one trains on in spite
     of ``keep``, as SoftCPPO does, keeps its weight where the others keep it.  With two ``TRM`` it is TRM's Max & Avg (arXiv
     2512.23075).  Where two give a diagnostic of one name the first one's stands, but ``rejected`` is true where any is.
+    Next to the divergence of one region there are no weights and weighted sums of another's.
 
     Args:
         trust_regions: at least one.
@@ -68,7 +72,8 @@ class Intersection(TrustRegion):
         for gate in others:
             allowed = allowed & gate.keep
             # "surrogate" is the value of that region's own objective, which is not this one's
-            added = {name: value for name, value in gate.diagnostics.items() if name != "surrogate"}
+            left_out = {"surrogate"} | (_OF_A_DIVERGENCE if "divergence" in diagnostics else set())
+            added = {name: value for name, value in gate.diagnostics.items() if name not in left_out}
             if "rejected" in added and "rejected" in diagnostics:
                 added["rejected"] = added["rejected"] | diagnostics.pop("rejected")
             diagnostics = added | diagnostics

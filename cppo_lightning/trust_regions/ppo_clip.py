@@ -38,9 +38,9 @@ class PPOClip(TrustRegion):
     def __post_init__(self) -> None:
         if not 0 < self.eps_low <= 1:
             raise ConfigError(f"PPOClip.eps_low must be in (0, 1] (usual: 0.2), got {self.eps_low}")
-        if self.eps_high <= 0:
+        if not self.eps_high > 0:
             raise ConfigError(f"PPOClip.eps_high must be above 0 (usual: 0.2 to 0.28), got {self.eps_high}")
-        if self.dual_clip is not None and self.dual_clip <= 1:
+        if self.dual_clip is not None and not self.dual_clip > 1:
             raise ConfigError(f"PPOClip.dual_clip must be above 1 (usual: 3) or null, got {self.dual_clip}")
 
     @property
@@ -58,7 +58,8 @@ class PPOClip(TrustRegion):
             surrogate = torch.where(dual_clipped, self.dual_clip * advantages, surrogate)
         keep = mask & ~(clipped_high | clipped_low | dual_clipped)
         return Gate(
-            weight=ratio * keep,
+            # filled, not multiplied: an overflowed ratio times 0 would be NaN
+            weight=ratio.masked_fill(~keep, 0.0),
             keep=keep,
             diagnostics={
                 "toward": stats.toward,

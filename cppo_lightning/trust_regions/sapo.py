@@ -43,7 +43,7 @@ class SAPO(TrustRegion):
 
     def __call__(self, stats: TokenStats) -> Gate:
         ratio, advantages, mask = stats.ratio, stats.advantages, stats.mask
-        tau = torch.where(advantages > 0, self.tau_pos, self.tau_neg)
+        tau = torch.full_like(advantages, self.tau_neg).masked_fill_(advantages > 0, self.tau_pos)
         odds = (-tau * (ratio - 1)).exp()  # (1 - s) / s; torch's sigmoid rounds by where a number lies in memory
         soft = 1 / (1 + odds)
         return Gate(
