@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cppo_lightning.callbacks.reporting import rollout_data
+from cppo_lightning.callbacks.reporting import printable, rollout_data
 from cppo_lightning.metrics import log_metrics
 from cppo_lightning.rollout.problem_sets import overlaps_in_words
 
@@ -65,7 +65,8 @@ def _notes(training: ProblemSet, evaluations: Sequence[ProblemSet]) -> list[str]
     members = Counter(problem.dataset for problem in training.problems if problem.dataset)
     notes = [f"{training.name}: {', '.join(f'{number} of {name}' for name, number in members.items())}"] if members else []
     notes += [f"{loaded.name}, bad: {loaded.bad}" for loaded in (training, *evaluations) if loaded.bad]
-    return notes + [f"{loaded.name}: {overlaps_in_words(loaded)}" for loaded in evaluations]
+    notes += [f"{loaded.name}: {overlaps_in_words(loaded)}" for loaded in evaluations]
+    return [printable(note) for note in notes]  # ids and names of files are whatever the data say
 
 
 def _row(loaded: ProblemSet) -> list[str]:

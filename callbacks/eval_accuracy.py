@@ -125,7 +125,8 @@ class EvalAccuracy(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after each rollout's last update, before checkpoints that monitor a metric are written."""
-        if self._due(trainer, trainer.current_epoch + 1):
+        # a rollout on which no step was taken leaves weights that have been evaluated
+        if self._due(trainer, trainer.current_epoch + 1) and not self._evaluated(trainer):
             self.evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -71,11 +71,11 @@ class EvaluationReport(Callback):
 def score_table(scores: Scores, step: int) -> Table:
     """A row per set, and one for their mean where there are several; avg@n with its 95 % interval."""
     title = f"Evaluation at step {step}, {scores.samples} samples per problem"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True)
     table.add_column("set", overflow="fold")
     names = list(dict.fromkeys(key for found in scores.sets.values() for key in found.estimates))
     for header in ("problems", *names, "truncated", "unparseable"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", overflow="fold")  # in a narrow terminal no digit goes missing
     rows = {**scores.sets, **({"mean": scores.mean} if len(scores.sets) > 1 else {})}
     for name, found in rows.items():
         table.add_row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from cppo_lightning.callbacks.reporting import tensorboards
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-COLUMNS = 120
+COLUMNS = 120  # at most: a narrower terminal would break lines anywhere
 _NO_BREAK = "\xa0"
 
 
@@ -85,5 +86,6 @@ def _tell(trainer: Trainer, name: str, explanation: Explanation, step: int) -> N
 def _wrapped(title: str, text: str) -> str:
     """Lines for a terminal, of which each holds what stands between backticks whole: it is to be copied."""
     joined = re.sub("`[^`]*`", lambda found: found[0].replace(" ", _NO_BREAK), text)
-    wrapper = textwrap.TextWrapper(COLUMNS, f"  {title:<6}", " " * 8, break_long_words=False, break_on_hyphens=False)
+    columns = min(COLUMNS, shutil.get_terminal_size((COLUMNS, 0)).columns)
+    wrapper = textwrap.TextWrapper(columns, f"  {title:<6}", " " * 8, break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrapper.wrap(joined)).replace(_NO_BREAK, " ")

@@ -79,6 +79,11 @@ def notify(trainer: Trainer, hook: str, *args: object) -> None:
             observer(trainer, *args)
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, with escapes in the place of what would drive a terminal or cannot be seen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def over_ranks(names: Iterable[str]) -> list[str]:
     """All ranks' names, sorted: the same list on each, which sums over ranks need.  Every rank must call it."""
     if not torch.distributed.is_initialized():

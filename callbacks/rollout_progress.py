@@ -14,6 +14,7 @@ from cppo_lightning.callbacks.progress_display import ProgressDisplay
 from cppo_lightning.callbacks.progress_line import ProgressLine
 from cppo_lightning.callbacks.reporting import accuracy_tags
 from cppo_lightning.errors import ConfigError
+from cppo_lightning.resume import updates_taken
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -83,11 +84,12 @@ class RolloutProgress(ProgressBar):
         self._unit_started = time.monotonic()
         if trainer.current_epoch == self._first:
             self._started = self._unit_started  # what came before tells nothing of the time that a rollout takes
-        self._set(trainer, phase="sampling", within=0.0)
+        # again, as max_steps are further away after steps that were not taken
+        self._set(trainer, total=_total_rollouts(trainer), phase="sampling", within=0.0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: RolloutBatch, batch_idx: int) -> None:
         """Runs before each update, when the rollout has been sampled and judged."""
-        total = self.total_train_batches
+        total = trainer.num_training_batches
         self._set(trainer, phase=f"update {batch_idx + 1}/{total}", within=batch_idx / total)
         self._break_silence()
 
@@ -96,7 +98,7 @@ class RolloutProgress(ProgressBar):
     ) -> None:
         """Runs after each update."""
         self._seconds = time.monotonic() - self._unit_started
-        self._set(trainer, within=(batch_idx + 1) / self.total_train_batches)
+        self._set(trainer, within=(batch_idx + 1) / trainer.num_training_batches)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after each rollout's last update."""
@@ -241,7 +243,9 @@ def _total_rollouts(trainer: Trainer) -> int | None:
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         limits.append(trainer.max_epochs)
     if trainer.max_steps >= 0 and trainer.num_training_batches != math.inf:
-        remaining = max(0, trainer.max_steps - trainer.global_step)
+        # counted from the running rollout's first update
+        taken = updates_taken(trainer.fit_loop.epoch_loop.batch_progress) or 0
+        remaining = taken + max(0, trainer.max_steps - trainer.global_step)
         limits.append(trainer.current_epoch + math.ceil(remaining / max(1, trainer.num_training_batches)))
     return min(limits, default=None)
 

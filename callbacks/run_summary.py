@@ -30,9 +30,9 @@ MASK = "mask/rate"
 class RunSummary(Callback):
     """Prints, on rank zero: accuracy before and after, seconds per rollout, mask rate, where the logs are, what to try next.
 
-    Times and mask rates are of this process: a resumed run counts from where it was resumed, and a rollout that it was resumed
-    inside of has no times.  "Verifying" is the time spent waiting for verdicts after the last response, as most responses are
-    judged while others are still being sampled.
+    Times and mask rates are of this process: those of a resumed run are from where it was resumed, and a rollout that it was
+    resumed inside of has no times.  Rollouts and steps are those of the whole run.  "Verifying" is the time spent waiting for
+    verdicts after the last response, as most responses are judged while others are still being sampled.
 
     Args:
         next_commands: shell commands to suggest.
@@ -43,7 +43,6 @@ class RunSummary(Callback):
         self.next_commands = list(next_commands or ())
         self._rollout_mask, self._run_mask = WeightedMeans([MASK]), WeightedMeans([MASK])
         self._mask_rates: list[float] = []  # one per rollout in which a step was taken
-        self._rollouts = 0
         self._seconds: list[tuple[float, float, float]] = []  # sampling, verifying, updating, one per rollout seen whole
         self._rollout_started: float | None = None
         self._updates_started = self._updates_ended = 0.0
@@ -71,7 +70,6 @@ class RunSummary(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs after each rollout's last update, on every rank."""
-        self._rollouts += 1
         self._mask_rates.extend(drain(self._rollout_mask, pl_module.device).values())
         if self._rollout_started is None:
             return  # resumed inside of this rollout, where Lightning tells of no start
@@ -100,7 +98,7 @@ class RunSummary(Callback):
                 console.print(f"{title}:\n{lines}", markup=False, highlight=False, soft_wrap=True)
 
     def _rows(self, trainer: Trainer, mean_mask: float | None) -> list[tuple[str, str]]:
-        rows = [("rollouts, optimizer steps", f"{self._rollouts}, {trainer.global_step}")]
+        rows = [("rollouts, optimizer steps", f"{trainer.current_epoch}, {trainer.global_step}")]
         if self._seconds:
             whole = statistics.median(map(sum, self._seconds))
             parts = [statistics.median(column) for column in zip(*self._seconds, strict=True)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from cppo_lightning.callbacks.reporting import RolloutData, rollout_data, tensorboards
+from cppo_lightning.callbacks.reporting import RolloutData, printable, rollout_data, tensorboards
 from cppo_lightning.callbacks.token_marks import Cause, ChosenCauses, Piece, bracketed, counted, pieces
 from cppo_lightning.errors import ConfigError
 
@@ -157,7 +157,8 @@ def _literal(text: Sequence[Piece], max_chars: int) -> str:
     if length > max_chars:
         gap = (Cause.KEPT, f"\n... {length - 2 * half} characters left out ...\n")
         text = [*_span(text, 0, half), gap, *_span(text, length - half, length)]
-    lines = [part for line in _printable(bracketed(text)).split("\n") for part in (textwrap.wrap(line, COLUMNS) or [""])]
+    shown = [printable(line) for line in bracketed(text).expandtabs(4).split("\n")]
+    lines = [part for line in shown for part in (textwrap.wrap(line, COLUMNS) or [""])]
     return "\n".join(f"    {line}" for line in lines)
 
 
@@ -173,7 +174,3 @@ def _span(text: Sequence[Piece], start: int, end: int) -> list[Piece]:
 def _plain(title: str) -> str:
     """A title without what Markdown or HTML could take for markup: a data set may call its roles anything."""
     return "".join(c if c.isalnum() or c in " -_" else "?" for c in title)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text.expandtabs(4))

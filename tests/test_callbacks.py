@@ -17,6 +17,7 @@ from cppo_lightning.batch import Gate, TokenStats
 from cppo_lightning.callbacks import (
     AIMEAccuracy,
     BudgetExhaustion,
+    DataReport,
     Divergence,
     EvalAccuracy,
     GateMetrics,
@@ -28,8 +29,10 @@ from cppo_lightning.callbacks import (
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.metrics import Totals, masked_total
 from cppo_lightning.prompts import DatasetPrompts, PromptSource
-from cppo_lightning.prompts.bad_rows import BadRows
+from cppo_lightning.prompts.bad_rows import BadRows, LoadCounts
+from cppo_lightning.prompts.contamination import Overlap
 from cppo_lightning.resume import settle_loops
+from cppo_lightning.rollout.problem_sets import ProblemSet
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.verifiers.base import Outcome, Problem
 from tests.callback_rig import UPDATES, Data, Module, events, scalars, stats_and_gate, trainer
@@ -245,6 +248,18 @@ def test_a_run_that_ends_early_is_evaluated_at_its_end_and_only_once(tmp_path: P
     assert [step for step, _ in callback.history] == [UPDATES, UPDATES + 1]
 
 
+def test_weights_that_have_been_evaluated_are_not_evaluated_again(tmp_path: Path) -> None:
+    """A rollout whose groups all have equal rewards leaves them as they were."""
+    callback = EvalAccuracy({"a": Counted(1)}, every_n_rollouts=1, samples=2)
+    module = TakesHalf()
+    module.training_step = lambda batch, batch_idx: (  # type: ignore[method-assign]
+        TakesHalf.training_step(module, batch, batch_idx if module.current_epoch in (1, 4) else 1)
+    )
+    trainer(tmp_path, [callback], rollouts=6).fit(module, datamodule=Data(OUTCOMES))
+    assert [step for step, _ in callback.history] == [0, 1, 2]
+    assert [step for step, _ in scalars(tmp_path)["eval/avg@2"]] == [0, 1, 2]
+
+
 def test_checkpoints_can_monitor_an_evaluation_and_a_resumed_run_keeps_the_first(tmp_path: Path) -> None:
     def callbacks() -> tuple[EvalAccuracy, ModelCheckpoint]:
         saving = ModelCheckpoint(tmp_path, "{epoch}", monitor="eval/avg@2", mode="max", save_on_train_epoch_end=True)
@@ -341,6 +356,34 @@ def test_run_summary_of_a_run_that_goes_on_inside_a_rollout(
         printed = capsys.readouterr().out
         assert f"{rollouts}, {rollouts * UPDATES}" in printed
         assert (seconds in printed) if seconds else ("seconds" not in printed)
+
+
+def test_run_summary_counts_the_rollouts_of_the_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = trainer(tmp_path, [])
+    first.fit(Module(), datamodule=Data(OUTCOMES))
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    again = trainer(tmp_path, [RunSummary()], rollouts=5)
+    again.fit(Module(), datamodule=Data(OUTCOMES), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert f"5, {5 * UPDATES}" in capsys.readouterr().out
+
+
+def test_nothing_that_a_data_set_calls_its_problems_is_markup_or_drives_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;mine\x07\n\n# big <b>x</b>\u202e"
+    pairs = [Overlap(f"t{evil}", f"e{evil}", 1.0, True)]
+    held = ProblemSet(["held"], [], "f", LoadCounts(), evil, overlaps=pairs)
+    data = Data(OUTCOMES)
+    trained = ProblemSet(["training"], [], "f", LoadCounts(), "")
+    data.sets = SimpleNamespace(training=trained, evaluations={"held": held})  # type: ignore[attr-defined]
+    trainer(tmp_path, [DataReport()], rollouts=1).fit(Module(), datamodule=data)
+    text = events(tmp_path).Tensors("data/report/text_summary")[0].tensor_proto.string_val[0].decode()
+    for shown in (capsys.readouterr().out, text):
+        assert all(c.isprintable() or c == "\n" for c in shown)
+        assert "e\\x1b]0;mine\\x07\\n\\n# big <b>x</b>\\u202e = t" in shown
+    notes = text.split("\n\n")[1].split("\n")
+    assert len(notes) == 2
+    assert all(note.startswith("    held") for note in notes)
 
 
 def test_run_summary_without_anything_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rich.console import Console
 from cppo_lightning.callbacks import EvalAccuracy, MaskRate, RolloutMetrics, RolloutProgress
 from cppo_lightning.callbacks.progress_display import ProgressDisplay
 from cppo_lightning.callbacks.progress_line import ProgressLine, clock
+from cppo_lightning.resume import settle_loops
 from tests.callback_rig import UPDATES, Data, Module, trainer
 from tests.test_callbacks import OUTCOMES, Counted
 
@@ -107,6 +109,39 @@ def test_a_log_file_is_not_left_without_a_line(
     run.fit(Module(), datamodule=Data(OUTCOMES))
     said = capsys.readouterr().out
     assert ("rollout 1/1 | update 1/" in said) == ("eval sums 0/" in said) == (lines > 1)
+
+
+class Idle(Module):
+    """Takes no step in the first ``rollouts``."""
+
+    def __init__(self, rollouts: int) -> None:
+        super().__init__()
+        self.rollouts = rollouts
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        return super().optimizers() if self.current_epoch >= self.rollouts else SimpleNamespace(step=lambda: None)
+
+
+def counts(printed: str) -> list[str]:
+    return re.findall(r"^rollout +(\d+/\d+) \|", printed, re.MULTILINE)
+
+
+def test_max_steps_are_further_away_after_steps_that_were_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, [RolloutProgress()], rollouts=-1, max_steps=2 * UPDATES).fit(Idle(3), datamodule=Data(OUTCOMES))
+    assert counts(capsys.readouterr().out) == ["1/2", "2/3", "3/4", "4/5", "5/5"]
+
+
+def test_a_run_that_goes_on_inside_a_rollout_knows_how_many_are_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Module()
+    monkeypatch.setattr(module, "on_save_checkpoint", settle_loops)  # what this package's own module does
+    run = trainer(tmp_path, [], rollouts=-1, max_steps=1)
+    run.fit(module, datamodule=Data(OUTCOMES))
+    run.save_checkpoint(tmp_path / "inside.ckpt")
+    again = trainer(tmp_path, [RolloutProgress()], rollouts=-1, max_steps=UPDATES + 1)
+    again.fit(Module(), datamodule=Data(OUTCOMES), ckpt_path=tmp_path / "inside.ckpt", weights_only=True)
+    assert counts(capsys.readouterr().out) == ["1/2", "2/2"]
 
 
 def test_text_that_is_printed_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 from cppo_lightning.callbacks import EvalAccuracy, EvaluationReport, FailureCheckpoint, RunSummary, Shutdown
 from cppo_lightning.callbacks.evaluation_report import score_table
@@ -36,6 +38,7 @@ from tests.test_guards import fit, send
 
 SET = ReasoningGymPrompts("basic_arithmetic", 3, params=SUMS)
 TWO_SETS: dict[str, PromptSource] = {"first": SET, "second": ReasoningGymPrompts("basic_arithmetic", 2, seed=5, params=SUMS)}
+NAMES_OF_16 = ("avg@16", "pass@2", "pass@4", "pass@8", "pass@16", "maj@16")
 OUTCOMES = [Outcome.CORRECT, Outcome.WRONG, Outcome.UNPARSEABLE]
 
 
@@ -347,3 +350,24 @@ def test_the_table_has_a_column_for_each_score(alone: tuple[Scores, Path]) -> No
     assert [column.header for column in table.columns] == titles
     assert list(table.columns[0].cells) == ["odd", "one", "even", "mean"]
     assert list(table.columns[1].cells) == ["7", "1", "4", "12"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_table_keeps_its_numbers_in_a_narrow_terminal(alone: tuple[Scores, Path], width: int) -> None:
+    """With as many columns as 16 samples give."""
+    scores = alone[0]
+    sets = {
+        name: replace(found, estimates={key: found.estimates["avg@4"] for key in NAMES_OF_16})
+        for name, found in scores.sets.items()
+    }
+    table = score_table(replace(scores, samples=16, sets=sets, mean=replace(sets["odd"], problems=12)), 7)
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    words = set(printed.split())
+    for found in sets.values():
+        value, low, high = (f"{end:.3f}" for end in astuple(found.estimates["avg@16"]))
+        assert {value, f"[{low},", f"{high}]"} <= words
+    assert {*NAMES_OF_16, "problems"} <= words

@@ -56,7 +56,12 @@ ROLLOUT = {
 TRAIN = {"train/loss": 0.31, "train/grad_norm": 4.5, "train/entropy": 1.7, "train/learning_rate": 1e-5}
 REGION = {"trust_region/divergence_mean": 0.02, "trust_region/divergence_max": 0.2}
 MISMATCH = {"mismatch/divergence_mean": 3e-6, "mismatch/budget_rate": 2e-4, "mismatch/threshold_spent_mean": 2e-5}
-BUDGET = {"budget/exhausted_share": 0.1, "budget/first_exhausted": 0.4, "budget/delta_b": 0.015}
+BUDGET = {
+    "budget/exhausted_share": 0.1,
+    "budget/first_exhausted": 0.4,
+    "budget/delta_b": 0.015,
+    "budget/spent_mean": 0.4,
+}
 MASK = {"mask/rate": 0.03, "mask/toward": 0.6}
 WELL = (ROLLOUT, MISMATCH, TRAIN, REGION, BUDGET, MASK)
 
@@ -124,9 +129,9 @@ CASES: dict[str, tuple[dict[str, float], dict[str, float], list[str]]] = {
         ["75% of its prefix budget delta_b", "noise: 0.013`"],
     ),
     "early_exhaustion": (
-        {"budget/exhausted_share": 0.6, "budget/first_exhausted": 0.2},
+        {"budget/exhausted_share": 0.6, "budget/first_exhausted": 0.2, "budget/spent_mean": 1.7},
         {"budget/exhausted_share": 0.6, "budget/first_exhausted": 0.26},
-        ["60% of the responses", "20% into", "delta_b: 0.0225` (now 0.015)"],
+        ["60% of the responses", "20% into", "a response spends 1.7 times what it may", "delta_b: 0.0225` (now 0.015)"],
     ),
     "mostly_dropped": (
         {"mask/rate": 0.33},
@@ -232,6 +237,15 @@ def test_what_is_to_be_copied_stands_on_one_line() -> None:
         assert all(len(line) <= 120 for line in said.split("\n") if "VerifierPool" not in line)
 
 
+@pytest.mark.parametrize("columns", [60, 300])
+def test_lines_fit_a_terminal_that_is_narrower(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run = Run(Explain())
+    run.log(*changed({"mask/rate": 0.4}))
+    widths = [len(line) for line in run.said[0].split("\n")]
+    assert min(columns, 120) - 20 < max(widths) <= min(columns, 120)
+
+
 def test_settings_are_found_by_their_yaml_key() -> None:
     run = Run(Explain()).trainer
     assert setting(run, "data.plan.updates") == 2
@@ -332,6 +346,10 @@ def test_a_real_run_explains_itself(tiny_model_path: Path, tmp_path: Path, capsy
         text = event.tensor_proto.string_val[0].decode()
         assert [line.split(":")[0] for line in text.split("\n\n")] == ["**saw**", "**means**", "**try**"]
     assert found.Tensors("explain/zero_loss/text_summary")[0].step == 0
+    (event,) = found.Tensors("explain/early_exhaustion/text_summary")
+    spent = {e.step: e.value for e in found.Scalars("budget/spent_mean")}[event.step]
+    said = f"a response spends {spent:.3g} times what it may"
+    assert said in event.tensor_proto.string_val[0].decode(), "of that step, and not of the one before"
 
 
 def test_a_real_run_of_equal_rewards(tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,7 @@ from cppo_lightning.figures.numbers import (
     ThresholdWindow,
 )
 from cppo_lightning.figures.threshold_window import draw_threshold_window
+from cppo_lightning.figures.validation import Curve, validation_curves
 from cppo_lightning.history import SumHistory
 from cppo_lightning.positions import (
     LEVELS,
@@ -496,6 +497,51 @@ def test_a_picture_is_opaque_labelled_and_the_same_in_a_file(name: str, tmp_path
     style.to_png(PICTURES[name](), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as saved:
         assert (np.asarray(saved.convert("RGB")) == pixels).all()
+
+
+def ticks(axis: Any) -> list[str]:
+    axis.figure.canvas.draw()
+    first, last = sorted(axis.get_view_interval())
+    return [tick.label1.get_text() for tick in axis.get_major_ticks() if first <= tick.get_loc() <= last]
+
+
+ONE = np.ones(1)
+
+
+def test_steps_and_tokens_are_whole_numbers() -> None:
+    """Of one rollout, of responses of one token, and late in a run that had begun elsewhere."""
+    for steps, written in (([1], ["1"]), ([3000000, 3000002], ["3000000", "3000001", "3000002"])):
+        count = np.ones(len(steps))
+        figure = draw_budget_over_steps(BudgetOverSteps(np.array(steps, dtype=float), count, count, "nats", "n"))
+        assert ticks(figure.axes[-1].xaxis) == written
+    heat = draw_mask_heat_map(MaskHeatMap(np.array([0.0, 1.0]), np.array([0.5, 1.5]), ONE[None], "n")).axes[0]
+    assert (ticks(heat.xaxis), ticks(heat.yaxis)) == (["0", "1"], ["1"])
+    profile = draw_divergence_by_position(DivergenceByPosition(np.array([0.5, 1.5]), ONE, ONE, ONE, MEASURE, "n"))
+    assert ticks(profile.axes[0].xaxis) == ["1"]
+
+
+def test_one_token_shows_its_thresholds_and_budget() -> None:
+    """A line of one point is nothing."""
+    figure = draw_threshold_window(ThresholdWindow(ONE, ONE, np.zeros(1, int), ONE, ONE, ONE, ONE, MEASURE, "n"))
+    assert [line.get_marker() for axes in figure.axes for line in axes.lines] == ["o"] * 4
+    many = draw_threshold_window(WINDOW)
+    assert all(line.get_marker() == "" for axes in many.axes for line in axes.lines)
+
+
+def test_long_notes_and_names_are_not_cut_off() -> None:
+    note = "rollout 1000, steps 31984 to 32000, each pass counted; "
+    note += "tokens 9881 to 10000 of a response of 10000, where most were dropped"
+    curves = [Curve(f"a set with a rather long name {i} avg@16", (0,), (0.5,), (0.4,), (0.6,)) for i in range(7)]
+    for figure in (draw_threshold_window(replace(WINDOW, note=note)), validation_curves(curves)):
+        height, width = style.to_image(figure).shape[:2]
+        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+        for drawn in (*figure.axes[0].texts, *figure.legends):
+            box = drawn.get_window_extent(renderer)
+            assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height  # noqa: PT018
+        assert figure.axes[0].get_window_extent(renderer).width > 0.85 * width, "and the panel has its room"
+        assert len(figure.legends) == 1
+    (shown,) = figure.legends[0].get_texts()[-1:]
+    assert shown.get_text() == curves[-1].name
 
 
 def test_drawing_leaves_matplotlibs_global_state_alone() -> None:

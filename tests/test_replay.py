@@ -28,7 +28,7 @@ from cppo_lightning.cli import main
 from cppo_lightning.divergences import TopKKL, TopKTV
 from cppo_lightning.errors import ConfigError
 from cppo_lightning.figures.numbers import RegionsAgreement, RegionsByPosition
-from cppo_lightning.figures.replay import draw_agreement, draw_kept_by_position
+from cppo_lightning.figures.replay import draw_agreement, draw_gradient_by_position, draw_kept_by_position
 from cppo_lightning.mismatch import TruncatedImportance
 from cppo_lightning.replay import reading
 from cppo_lightning.replay.layout import BY_TOKEN, LISTS, SCHEMA, TOP_K, Recorded
@@ -287,6 +287,12 @@ def test_pictures_show_the_numbers() -> None:
     matrices = draw_agreement(RegionsAgreement(("a", "b"), shares[:, :2], np.array([[1, 0.25], [np.nan, 1]]), "")).axes
     texts = [[text.get_text() for text in axes.texts][-4:] for axes in matrices]
     assert texts == [["100.0%", "50.0%", "20.0%", "40.0%"], ["100.0%", "25.0%", "none", "100.0%"]]
+
+
+def test_a_single_slice_is_seen() -> None:
+    for draw in (draw_kept_by_position, draw_gradient_by_position):
+        (axes,) = draw(RegionsByPosition(("a", "b"), np.array([[1.0], [0.2]]), "3 tokens")).axes
+        assert [line.get_marker() for line in axes.lines] == ["o", "o"]
 
 
 # which files there are ------------------------------------------------------------------------------------------------------

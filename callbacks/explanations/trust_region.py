@@ -105,8 +105,9 @@ class EarlyExhaustion(Rule):
         exhausted, first, delta_b = (seen.latest[tag] for tag in self.watches)
         if exhausted < self.share or first > self.place:
             return None
-        divergence, rate = seen.latest.get(DIVERGENCE), seen.latest.get("mismatch/budget_rate")
-        spent = "" if divergence is None else f", and the mean token has a divergence of {divergence:.2g}"
+        # logged together with what is watched: the divergence, another callback's, may still be that of the step before
+        used, rate = seen.latest.get("budget/spent_mean"), seen.latest.get("mismatch/budget_rate")
+        spent = "" if used is None else f", and a response spends {used:.3g} times what it may (`budget/spent_mean`)"
         numerics = "" if rate is None else f"; numerics alone spend {rate:.0%} of what it adds (`mismatch/budget_rate`)"
         return Explanation(
             f"{exhausted:.0%} of the responses run out of prefix budget (`budget/exhausted_share`), on average {first:.0%} "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cppo_lightning.figures.style import BY_BUDGET, KEPT, label, new_figure, percent
+from cppo_lightning.figures.style import BY_BUDGET, KEPT, label, new_figure, percent, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,5 +27,6 @@ def draw_budget_over_steps(numbers: BudgetOverSteps) -> Figure:
         panels[1].set_ylim(-0.03, 1.03)
         percent(panels[1])
         label(panels[1], y="dropped by the budget\n(% of dropped tokens)")
+    whole(panels[-1].xaxis)
     label(panels[-1], x="optimizer steps")
     return figure

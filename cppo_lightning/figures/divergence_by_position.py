@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cppo_lightning.figures.style import BY_BUDGET, KEPT, TEXT, label, legend, new_figure, threshold_name
+from cppo_lightning.figures.style import BY_BUDGET, KEPT, TEXT, label, legend, new_figure, threshold_name, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,7 @@ def draw_divergence_by_position(numbers: DivergenceByPosition) -> Figure:
     axes.set_ylim(0.8 * max(found.min(), _SHOWN * found.max()), 1.4 * found.max())
     last = np.flatnonzero(numbers.mean >= 0)[-1]
     axes.set_xlim(float(numbers.edges[0]), float(numbers.edges[last + 1]))
+    whole(axes.xaxis)
     label(axes, "position t in the response (tokens)", f"Dₜ ({numbers.measure.unit})")
     legend(figure)
     return figure

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
-from cppo_lightning.figures.style import BY_BUDGET, label, new_figure
+from cppo_lightning.figures.style import BY_BUDGET, label, new_figure, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +24,6 @@ def draw_first_exhaustion(numbers: FirstExhaustion) -> Figure:
     axes.bar(left, numbers.counts, width=92 / slices, align="edge", color=BY_BUDGET, linewidth=0)
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 10))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    whole(axes.yaxis)
     label(axes, "position in the response (% of its own length)", "responses (count)")
     return figure

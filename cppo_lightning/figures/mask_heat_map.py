@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from cppo_lightning.figures.style import HEAT, SIZES, TEXT, label, new_figure
+from cppo_lightning.figures.style import HEAT, SIZES, TEXT, label, new_figure, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,5 +33,7 @@ def draw_mask_heat_map(numbers: MaskHeatMap) -> Figure:
     bar.set_label("dropped (% of the tokens there)", fontsize=SIZES["label"], color=TEXT)
     bar.ax.tick_params(colors=TEXT, labelsize=SIZES["tick"])
     bar.outline.set_visible(False)  # type: ignore[operator]
+    whole(axes.xaxis)
+    whole(axes.yaxis)
     label(axes, "optimizer steps", "position t in the response (tokens)")
     return figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from cppo_lightning.figures.style import HEAT, PANEL, SERIES, SIZES, TEXT, label, legend, new_figure, percent
+from cppo_lightning.figures.style import HEAT, PANEL, SERIES, SIZES, TEXT, label, legend, lone, new_figure, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,8 @@ def _curves(axes: Axes, numbers: RegionsByPosition, meaning: str) -> None:
     for i, (name, shares, colour, dash) in enumerate(styles):
         width = 3.4 if i == 0 else 1.6  # the first, which is the run's own, shows beneath the others
         there = np.isfinite(shares)  # short responses leave slices without a token
-        axes.plot(middle[there], shares[there], color=colour, linestyle=dash, linewidth=width, label=name)
+        look = {"color": colour, "linestyle": dash, "linewidth": width, "marker": lone(shares[there]), "label": name}
+        axes.plot(middle[there], shares[there], **look)
     axes.set_xlim(0, 1)
     axes.margins(y=0.08)
     axes.xaxis.set_major_formatter(PercentFormatter(1))

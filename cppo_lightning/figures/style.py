@@ -5,6 +5,7 @@ The background is opaque, so that a picture can be read on a light page and on a
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from numpy.typing import NDArray
 
 BACKGROUND = "#f8f8f5"
@@ -36,6 +38,7 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1f
 HEAT = "magma_r"  # from pale to dark with even steps of lightness
 
 DPI = 110
+_LETTERS_PER_INCH = 11  # of a subtitle
 SIZES = {"title": 12.5, "subtitle": 9.5, "label": 10.0, "tick": 9.0, "legend": 9.0}  # points
 
 
@@ -60,12 +63,11 @@ def new_figure(
     panels = list(figure.subplots(rows, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for axes in panels:
         plain(axes)
-    lines = 2 if subtitle else 1
-    panels[0].set_title(title, loc="left", fontsize=SIZES["title"], color=TEXT, fontweight="bold", pad=6 + 14 * (lines - 1))
-    if subtitle:
-        panels[0].annotate(
-            subtitle, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=SIZES["subtitle"], color=MUTED, va="bottom"
-        )
+    lines = textwrap.wrap(subtitle, int(_LETTERS_PER_INCH * size[0]))
+    panels[0].set_title(title, loc="left", fontsize=SIZES["title"], color=TEXT, fontweight="bold", pad=6 + 14 * len(lines))
+    if lines:
+        look = {"fontsize": SIZES["subtitle"], "color": MUTED, "va": "bottom"}
+        panels[0].annotate("\n".join(lines), (0, 1), (0, 6), "axes fraction", "offset points", **look)
     return figure, panels
 
 
@@ -87,20 +89,40 @@ def label(axes: Axes, x: str = "", y: str = "") -> None:
         axes.set_ylabel(y, fontsize=SIZES["label"], color=TEXT)
 
 
+def whole(axis: Axis) -> None:
+    """Ticks at whole numbers alone, written in full: optimizer steps, tokens, responses."""
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+    written = ScalarFormatter(useOffset=False)
+    written.set_scientific(False)
+    axis.set_major_formatter(written)
+
+
+def lone(values: NDArray[np.float64]) -> str:
+    """The marker of a curve: a dot where it has one point, of which no line is to be seen, else none."""
+    return "o" if len(values) == 1 else ""
+
+
 def legend(figure: Figure, columns: int = 4) -> None:
-    """What the colours of all panels mean, below them, where it hides nothing; a name that occurs twice is written once."""
+    """What the colours of all panels mean, below them, where it hides nothing; a name that occurs twice is written once.
+
+    It has fewer columns where names are too long for the figure's width.
+    """
     found = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        list(found.values()),
-        list(found),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=SIZES["legend"],
-        labelcolor=TEXT,
-        handlelength=1.6,
-        columnspacing=1.8,
-    )
+    for number in range(columns, 0, -1):
+        made = figure.legend(
+            list(found.values()),
+            list(found),
+            loc="outside lower center",
+            ncols=number,
+            frameon=False,
+            fontsize=SIZES["legend"],
+            labelcolor=TEXT,
+            handlelength=1.6,
+            columnspacing=1.8,
+        )
+        if number == 1 or made.get_window_extent().width <= figure.bbox.width:
+            return
+        made.remove()
 
 
 def threshold_name(limit: NDArray[np.float64]) -> str:

@@ -17,8 +17,10 @@ from cppo_lightning.figures.style import (
     TOWARD,
     label,
     legend,
+    lone,
     new_figure,
     threshold_name,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def draw_threshold_window(numbers: ThresholdWindow) -> Figure:
     if budget is not None:
         _budget(panels[1], numbers, *budget)
     panels[-1].set_xlim(numbers.position[0] - 0.7, numbers.position[-1] + 0.7)
+    whole(panels[-1].xaxis)
     label(panels[-1], x="position t in the response (tokens)")
     legend(figure)
     return figure
@@ -72,16 +75,18 @@ def _bars(axes: Axes, numbers: ThresholdWindow) -> None:
 
 def _thresholds(axes: Axes, numbers: ThresholdWindow) -> None:
     if numbers.limit is not None:
-        line = {"color": TEXT, "linewidth": 1.1, "linestyle": (0, (4, 3)), "alpha": 0.75}
+        line = {"color": TEXT, "linewidth": 1.1, "linestyle": (0, (4, 3)), "alpha": 0.75, "marker": lone(numbers.limit)}
         axes.plot(numbers.position, numbers.limit, label=threshold_name(numbers.limit), **line)
     if numbers.effective is not None:
         left = np.clip(numbers.effective, 0, None)
-        axes.step(numbers.position, left, where="mid", color=TEXT, linewidth=1.6, label="what the prefix left, cₜ / wₜ")
+        line = {"color": TEXT, "linewidth": 1.6, "marker": lone(left), "label": "what the prefix left, cₜ / wₜ"}
+        axes.step(numbers.position, left, where="mid", **line)
 
 
 def _budget(axes: Axes, numbers: ThresholdWindow, spent: Numbers, allowed: Numbers) -> None:
     axes.fill_between(numbers.position, spent, color=BY_BUDGET, alpha=0.2, linewidth=0)
-    axes.plot(numbers.position, spent, color=BY_BUDGET, linewidth=1.6, label="spent by the prefix, Sₜ")
-    axes.plot(numbers.position, allowed, color=TEXT, linewidth=1.3, linestyle=":", label="allowed, δ + δ$_b$ Wₜ₋₁")
+    curves = {"spent by the prefix, Sₜ": (spent, BY_BUDGET, 1.6, "-"), "allowed, δ + δ$_b$ Wₜ₋₁": (allowed, TEXT, 1.3, ":")}
+    for name, (values, colour, width, line) in curves.items():
+        axes.plot(numbers.position, values, color=colour, linewidth=width, linestyle=line, marker=lone(values), label=name)
     axes.set_ylim(0, None)
     label(axes, y=f"Σ wₜ Dₜ\n({numbers.measure.unit})")

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from matplotlib.ticker import MaxNLocator
-
-from cppo_lightning.figures.style import PANEL, SERIES, label, legend, new_figure, percent
+from cppo_lightning.figures.style import PANEL, SERIES, label, legend, new_figure, percent, whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +37,7 @@ def validation_curves(curves: Sequence[Curve]) -> Figure:
         else:
             axes.vlines(curve.steps, curve.low, curve.high, color=color, alpha=0.5, linewidth=1.8)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    whole(axes.xaxis)
     percent(axes)
     label(axes, "optimizer steps", "share of correct answers")
     legend(figure)
