@@ -55,7 +55,11 @@ def main(args: list[str] | None = None) -> None:
         while cause is not None and not isinstance(cause, ConfigError):
             cause = cause.__cause__ or cause.__context__  # the parser wraps what optional settings raise
         if cause is None:
-            raise
+            from cppo_lightning.parser import said_by_classes
+
+            if not (said := said_by_classes(str(error))):
+                raise
+            cause = ConfigError(said)
         _end("error", cause, 2)
     except RolloutError as error:
         _end("stopped", error, 1)
@@ -96,8 +100,8 @@ def _run_trainer(args: list[str] | None) -> None:
     from cppo_lightning.errors import ConfigError
     from cppo_lightning.module import RLVRModule
     from cppo_lightning.parser import DryRun, Parser
-    from cppo_lightning.preflight import preflight
-    from cppo_lightning.resume import checkpoint_path
+    from cppo_lightning.preflight import check_before_loading, preflight
+    from cppo_lightning.resume import check_goes_on, checkpoint_path
     from cppo_lightning.untrusted import check_checkpoint
 
     class CPPOCLI(LightningCLI):
@@ -127,14 +131,23 @@ def _run_trainer(args: list[str] | None) -> None:
             if path is not None:
                 check_checkpoint(path)
 
+        def _set_seed(self) -> None:
+            try:
+                super()._set_seed()
+            except ValueError as error:  # Lightning's
+                raise ConfigError(f"seed_everything: {error}") from error
+
         def after_instantiate_classes(self) -> None:
             at_the_end.callback(self.datamodule.close)
             subcommand = str(self.subcommand)
+            check_before_loading(self.trainer, self.model, trains=subcommand == "fit")
             run = self.config_init[subcommand]
             if run.ckpt_path is not None:
                 run.ckpt_path = checkpoint_path(self.trainer, subcommand, run.ckpt_path)
             if run.ckpt_path is not None and subcommand == "fit":
-                self.datamodule.expect(check_checkpoint(run.ckpt_path))
+                checkpoint = check_checkpoint(run.ckpt_path)
+                check_goes_on(run.ckpt_path, checkpoint)
+                self.datamodule.expect(checkpoint)
 
         def before_instantiate_classes(self) -> None:
             self.dry_run = cast("Parser", self._subcommand_parsers["fit"]).dry_run
@@ -150,7 +163,8 @@ def _run_trainer(args: list[str] | None) -> None:
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             try:
                 trainer = super().instantiate_trainer(**kwargs)
-            except (MisconfigurationException, ValueError) as error:  # devices that are not there, a strategy that is none
+            # devices that are none or not there (TypeError: a number of them that is none), a strategy that is none
+            except (MisconfigurationException, TypeError, ValueError) as error:
                 raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
             if self.dry_run:
                 return trainer  # what ends a run, or saves it, has nothing to do

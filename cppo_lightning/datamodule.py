@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from cppo_lightning.advantages import AdvantageEstimator, GroupRelative
 from cppo_lightning.batch import RolloutBatch
@@ -139,7 +140,7 @@ class RolloutDataModule(LightningDataModule):
         if stage == "fit":
             check_training(self.plan, share[1], self._trained().anchor)
         if stage != "fit" and self.evaluation is None:
-            raise ConfigError(f"data.evaluation is not set; {stage} needs to know what to sample")
+            raise ConfigError(f"data.evaluation is not set; {TrainerFn(stage).value} needs to know what to sample")
         config = AutoConfig.from_pretrained(self.model, trust_remote_code=False).get_text_config()
         if self.top_k > config.vocab_size:
             raise ConfigError(

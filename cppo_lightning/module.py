@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -85,12 +86,12 @@ class RLVRModule(LightningModule):
         mismatch: MismatchCorrection | None = None,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ConfigError(f"model.temperature must be above 0 to train on, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ConfigError(f"model.temperature must be above 0 and finite to train on, got {temperature}")
         if micro_batch_tokens < 1:
             raise ConfigError(f"model.micro_batch_tokens must be at least 1, got {micro_batch_tokens}")
-        if max_grad_norm is not None and max_grad_norm <= 0:
-            raise ConfigError(f"model.max_grad_norm must be above 0, or null for no clipping, got {max_grad_norm}")
+        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+            raise ConfigError(f"model.max_grad_norm must be above 0 and finite, or null for no clipping, got {max_grad_norm}")
         check_anchor(trust_region, anchor, mismatch)
         check_no_code(policy.path)
         self.automatic_optimization = False

@@ -14,6 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 # where classes may come from that are named in YAML
 _LIBRARIES = ("cppo_lightning", "lightning.pytorch", "torch.optim")
+# how the parser says that a value is for another of a setting's types
+_NOT_THIS_TYPE = ("Expected a", "Import path", "Not a valid subclass", "Not of type")
 
 
 class DryRun(argparse._HelpAction):
@@ -82,6 +84,20 @@ def nearest_key(key: str, keys: Collection[str]) -> str | None:
             return near and (whole if whole in keys else f"{place}{near}")
         place += f"{part}."
     return None
+
+
+def said_by_classes(message: str) -> str | None:
+    """What classes said of their own arguments, of the parser's ``message`` that nothing could be made of a setting; None for
+    another message.
+
+    Where a setting may be of several types, the parser puts what the first said in front and hides the others.
+    """
+    found = re.match(
+        r"Does not validate against any of the Union subtypes\n.*?Errors:\n(.*)\nGiven value type:", message, re.DOTALL
+    )
+    items = re.split(r"^  - ", found[1], flags=re.MULTILINE) if found else []
+    said = [" ".join(item.split()) for item in items if item and not item.startswith(_NOT_THIS_TYPE)]
+    return "; ".join(said) or None
 
 
 def _of_arguments(message: str, keys: Collection[str]) -> str | None:

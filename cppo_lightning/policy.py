@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,11 +57,17 @@ class Policy(nn.Module):
         """Load the weights of ``config.path``.  Code that ships with a model is never run.
 
         Raises:
-            ConfigError: the model's head, or a target of ``config.lora``, is not as it would have to be.
+            ConfigError: weights are missing or of another shape, or the model's head, or a target of ``config.lora``, is not as
+                it would have to be.
         """
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(config.path, trust_remote_code=False, **config.arguments())
+        # with sizes that do not match ignored, they are told as missing ones are
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.path, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **config.arguments()
+        )
+        model, info = loaded
+        _check_loaded(config.path, info)
         policy = cls._with(model, config)
         policy.check_head()
         return policy
@@ -177,11 +184,24 @@ class Policy(nn.Module):
         ours = output_head(model).logits(hidden)
         model.train(was_training)
         gap, scale = float((own - ours).abs().max()), float(own.abs().max())
-        # bf16 heads round logits to 8 bits; a missed scale or cap is far larger
-        if gap > 0.02 * max(scale, 1e-3):
+        # bf16 heads round logits to 8 bits; a missed scale or cap is far larger, and a gap that is nan is none
+        if not gap <= 0.02 * max(scale, 1e-3) or math.isinf(scale):
             raise ConfigError(
                 f"{type(model).__name__} changes logits after its output head in a way that is not supported "
                 f"(largest difference {gap:.3g} at logits up to {scale:.3g}); its log-probabilities would be wrong"
+            )
+
+
+def _check_loaded(path: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which parts would be random, of which transformers only warns."""
+    missing = sorted(info["missing_keys"])
+    misshapen = [f"{name} {[*found]} instead of {[*wanted]}" for name, found, wanted in sorted(info["mismatched_keys"])]
+    for what, names in (("lacks", missing), ("has of another shape than its config.json says", misshapen)):
+        if names:
+            rest = ", ..." if len(names) > 3 else ""
+            raise ConfigError(
+                f"model.policy.path {path!r} {what} {len(names)} of its weights ({', '.join(names[:3])}{rest}); they would "
+                "be random: download or save the model again"
             )
 
 

@@ -68,6 +68,8 @@ def check_model_path(path: str) -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.policy.path {path!r} has no config.json; it should be a folder saved by save_pretrained")
         return
+    if folder.is_file():
+        raise ConfigError(f"model.policy.path {path!r} is a file; it should be the folder of a model, or a Hugging Face hub id")
     # a hub id is "owner/name" (or a bare "name"); anything longer or anchored can only be a folder
     if (
         folder.is_absolute()
@@ -82,7 +84,8 @@ def check_model_path(path: str) -> None:
         cached_file(path, "config.json")
     except OSError as error:
         raise ConfigError(
-            f"model.policy.path {path!r} is neither a folder here nor a model that the Hugging Face hub gave: {error}"
+            f"model.policy.path {path!r} is neither a folder here nor a model that the Hugging Face hub gave: "
+            f"{' '.join(str(error).split())}"
         ) from error
 
 

@@ -82,6 +82,15 @@ def checkpoint_path(trainer: Trainer, subcommand: str, path: str) -> str | None:
     return None if found is None else str(found)
 
 
+def check_goes_on(path: str, checkpoint: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` if ``checkpoint``, which was read from the file ``path``, holds weights alone."""
+    if checkpoint and "optimizer_states" not in checkpoint:
+        raise ConfigError(
+            f"ckpt_path: {path!r} holds weights alone, which can be evaluated and exported; a run that begins with them takes "
+            "what export writes as its model.policy.path"
+        )
+
+
 def updates_taken(progress: Any) -> int | None:
     """Minibatches of the running rollout that have been trained on, by Lightning's ``batch_progress``; None once all have."""
     return None if _ended(progress.is_last_batch, vars(progress.current)) else progress.current.processed

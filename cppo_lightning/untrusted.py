@@ -123,7 +123,7 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def check_no_code(model: str) -> None:
-    """Refuse ``model``, a folder or hub id, of a type that only Python code of its own could load.
+    """Refuse ``model``, a folder or hub id, of a type that transformers has not, such as one that comes with Python code.
 
     Such code is never run.  Where transformers has the type itself, code in the folder is ignored.
 
@@ -138,8 +138,13 @@ def check_no_code(model: str) -> None:
     except OSError as error:
         raise ConfigError(f"model.policy.path {model!r} should have a config.json that can be read: {error}") from error
     kind = settings.get("model_type")
-    if "auto_map" in settings and kind not in CONFIG_MAPPING:
+    if kind in CONFIG_MAPPING:
+        return
+    if "auto_map" in settings:
         raise ConfigError(
             f"model.policy.path {model!r} comes with Python code of its own (auto_map in config.json), which is never run, and "
             f"transformers {version} has no model type {kind!r}; take a model of a type that it has"
         )
+    raise ConfigError(
+        f"model.policy.path {model!r}: model_type in its config.json should be one of transformers {version}, got {kind!r}"
+    )

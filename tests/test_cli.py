@@ -106,11 +106,37 @@ BAD_INPUT = {
     "top-k": (["--data.sampling.top_k=50"], "top_k 50"),
     "min-p": (["--data.sampling.min_p=0.1"], r"min_p 0\.1"),
     "greedy": (["--data.sampling.temperature=0"], "temperature must be above 0"),
+    "a temperature without end": (["--data.sampling.temperature=.inf"], r"temperature must be at least 0 and finite, got inf"),
+    "a norm that is no number": (["--model.max_grad_norm=.nan"], r"model\.max_grad_norm must be above 0 and finite.*got nan"),
     "delta": (["--model.trust_region.init_args.delta=0"], r"CPPO\.delta must be above 0 .* got 0"),
     "w_min": (["--model.trust_region.init_args.w_min=1.5"], r"CPPO\.w_min must be in \(0, 1\] .* got 1\.5"),
     "K": (["--model.trust_region.init_args.divergence.init_args.k=0"], r"TopKTV\.k must be at least 1, got 0"),
     "K beyond the vocabulary": (["--model.trust_region.init_args.divergence.init_args.k=500"], "500.*260"),
     "inside an optional setting": (["--model.reference_kl.coef=-1"], r"reference_kl\.coef must be above 0, got -1"),
+    "seed": (["--seed_everything=-5"], r"seed_everything: -5 .* from 0 to \d+"),
+    "number of devices": (["--trainer.devices=-1"], r"trainer: .*devices.* should be an int > 0"),
+    "learning rate": (["--model.optimizer.init_args.lr=-1"], r"model\.optimizer .* Invalid learning rate: -1\.0$"),
+    "settings of an optimizer": (["--model.optimizer.init_args.foreach=true"], r"model\.optimizer .*fused.* and .*foreach"),
+    "settings of a schedule": (
+        ["--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.init_args.T_max=0"],
+        r"model\.lr_scheduler .* ZeroDivisionError",
+    ),
+    "attention": (["--model.policy.attn_implementation=sdpaa"], r"model\.policy.*sdpaa.*is not supported"),
+    "one of two types": (
+        in_yaml("{data: {verifier: {class_path: VerifierPool, init_args: {verifier: MathAnswer, workers: 0}}}}"),
+        r"error: VerifierPool\.workers must be at least 1, got 0$",
+    ),
+    "a library's class": (
+        in_yaml("{trainer: {callbacks: [{class_path: RunCheckpoint, init_args: {save_top_k: -5}}]}}"),
+        r"error: Invalid value for save_top_k=-5",
+    ),
+    "Lightning's clipping": (["--trainer.gradient_clip_val=2"], r"trainer\.gradient_clip_val = 2.* model\.max_grad_norm"),
+    "Lightning's accumulation": (["--trainer.accumulate_grad_batches=4"], r"trainer\.accumulate_grad_batches must be 1, got 4"),
+    "logs below a file": (
+        ["--trainer.logger.init_args.save_dir=models/tiny/config.json"],
+        r"save_dir .*config\.json.* is a file",
+    ),
+    "a file as a model": (["--model.policy.path=models/tiny/config.json"], r"model\.policy\.path .*config\.json' is a file"),
     "missing folder": (["--model.policy.path=models/none"], "'models/none' does not exist"),
     "missing data": (["--data.prompts=DatasetPrompts", "--data.prompts.path=none.jsonl"], r"none\.jsonl"),
     "unknown task": (["--data.prompts.init_args.name=basic_aritmetic"], "no task 'basic_aritmetic'; near: basic_arithmetic"),
@@ -183,6 +209,7 @@ def test_an_interpolation_of_another_files_key_is_named(tmp_path: Path, capsys: 
 def test_more_top_k_than_vllm_returns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: found("torch") if name == "vllm" else found(name, *a))
+    monkeypatch.setenv("CPPO_ANY_VLLM", "1")  # the one that is not there has no version
     with pytest.raises(SystemExit):
         fit_debug("--data.engine=VLLMEngine", "--model.trust_region.init_args.divergence.init_args.k=50")
     assert "top 50 tokens, but VLLMEngine returns at most 20" in capsys.readouterr().err
@@ -276,8 +303,9 @@ def test_evaluating_subcommands(subcommand: str, in_tmp: Path, capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("in_tmp", "no_model")
-def test_validate_without_an_evaluation_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_without_an_evaluation_it_is_said_what_is_missing(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        fit_debug(subcommand="validate")
+        fit_debug(subcommand=subcommand)
     assert end.value.code == 2
-    assert "data.evaluation is not set" in capsys.readouterr().err
+    assert f"data.evaluation is not set; {subcommand} needs to know what to sample" in capsys.readouterr().err

@@ -313,13 +313,13 @@ def test_overlaps_are_found_told_once_and_can_stop_the_run(sampler: Sampler, cap
     assert [(o.training, o.evaluation, o.exact) for o in first.overlaps] == [("five", "h2", True), ("candles", "h1", False)]
     assert list(clean.overlaps) == []
     assert caplog.messages == [
-        "held: of its 3 problems, 1 match training problems exactly and 1 nearly: h2 = five, h1 ~ candles"
+        "held: of its 3 problems, 1 match training problems exactly and 1 nearly: 'h2' = 'five', 'h1' ~ 'candles'"
     ]
     with pytest.raises(ConfigError, match="two evaluation sets are called 'held' and have other problems"):
         sets.load_evaluation("held", lengths(5), 10)
     strict = ProblemSets(sampler, DataRules(on_contamination="raise"), None)
     strict.load_training(TRAINED, 10)
-    with pytest.raises(ConfigError, match=r"h2 = five.*take them out of data\.prompts, or set data\.on_contamination: report"):
+    with pytest.raises(ConfigError, match=r"'h2' = 'five'.*take them out of data\.prompts, or set .*on_contamination: report"):
         strict.load_evaluation("held", HELD, 10)
 
 
@@ -380,12 +380,12 @@ def test_the_report(tiny_model_path: Path, tmp_path: Path, capsys: pytest.Captur
         data.close()
     printed = capsys.readouterr().out
     assert re.search(rf"training +0 +0 +0 +0 +0 +2 +{data.fingerprint}", printed)
-    assert "held: of its 3 problems, 1 match training problems exactly and 1 nearly: h2 = five, h1 ~ candles" in printed
+    assert "held: of its 3 problems, 1 match training problems exactly and 1 nearly: 'h2' = 'five', 'h1' ~ 'candles'" in printed
     assert "a:100:b: none of its 1 problems is in the training set" in printed, "rich makes an emoji of :100: where it may"
     assert re.search(r"^ *a:100:b +0 +0 +0 +0 +0 +1 ", printed, re.MULTILINE)
     text = logged(tmp_path / "run").Tensors("data/report/text_summary")[0].tensor_proto.string_val[0].decode()
     assert f"training | 0 | 0 | 0 | 0 | 0 | 2 | {data.fingerprint}\n" in text
-    assert "h1 ~ candles" in text
+    assert "'h1' ~ 'candles'" in text
     assert scalars(tmp_path, "data/") == {
         **dict.fromkeys(("data/repeated", "data/conflicting", "data/bad", "data/too_long"), 0),
         **dict.fromkeys(("data/problems", "data/contaminated"), 2),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from cppo_lightning.batch import RolloutBatch
@@ -109,6 +113,37 @@ def test_a_head_that_is_not_understood_is_refused(tiny_model_path: Path) -> None
     model.lm_head.forward = lambda h: original(h) * 1.5
     with pytest.raises(ConfigError, match="changes logits after its output head"):
         Policy(model).check_head()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_head_whose_logits_are_no_numbers_is_refused(value: float, tiny_model_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda h: original(h).index_fill(-1, torch.tensor([3]), value)
+    with pytest.raises(ConfigError, match="changes logits after its output head"):
+        Policy(model).check_head()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: None, r"lacks 1 of its weights \(model\.layers\.1\.mlp\.up_proj\.weight\); they would be random"),
+        (
+            lambda weight: weight[:-1].clone(),
+            r"another shape .* 1 of .*up_proj\.weight \[\d+, \d+\] instead of \[\d+, \d+\]",
+        ),
+    ],
+)
+def test_weights_that_would_be_random_are_refused(
+    change: Callable[[Tensor], Tensor | None], message: str, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """transformers only warns of them, and they would be trained on."""
+    folder = Path(shutil.copytree(tiny_model_path, tmp_path / "model"))
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    changed = change(weights.pop(name))
+    save_file(weights if changed is None else {**weights, name: changed}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        Policy.load(PolicyConfig(str(folder)))
 
 
 def test_named_weights_are_the_models_own(tiny_model_path: Path) -> None:

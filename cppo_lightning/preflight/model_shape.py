@@ -45,13 +45,7 @@ class ModelShape:
         Raises:
             ConfigError: transformers cannot make the model as ``config`` says.
         """
-        try:
-            with torch.device("meta"):
-                policy = Policy.without_weights(config)
-        except ConfigError:
-            raise
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"model.policy: {config.path!r} cannot be made as it is set: {error}") from error
+        policy = without_weights(config)
         model = policy.model
         text = model.config.get_text_config(decoder=True)
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -93,6 +87,22 @@ class ModelShape:
     def cache(self, tokens: int, dtype: torch.dtype) -> int:
         """Bytes of keys and values of ``tokens`` tokens; less where layers look at a window only."""
         return 2 * self.layers * self.keys * tokens * dtype.itemsize
+
+
+def without_weights(config: PolicyConfig) -> Policy:
+    """The policy that ``config`` says, with everything on the meta device.
+
+    Raises:
+        ConfigError: transformers cannot make the model as ``config`` says.
+    """
+    try:
+        with torch.device("meta"):
+            return Policy.without_weights(config)
+    except ConfigError:
+        raise
+    except (ImportError, ValueError) as error:
+        reason = str(error).partition("\n")[0]  # a list of all that transformers has follows
+        raise ConfigError(f"model.policy: {config.path!r} cannot be made as it is set: {reason}") from error
 
 
 def weight_bytes(counts: Counter[torch.dtype]) -> int:

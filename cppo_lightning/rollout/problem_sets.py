@@ -207,6 +207,7 @@ def overlaps_in_words(evaluation: ProblemSet, most: int = 3) -> str:
     near = {overlap.evaluation for overlap in overlaps} - exact
     if not overlaps:
         return f"none of its {size} problems is in the training set"
-    pairs = ", ".join(f"{o.evaluation} {'=' if o.exact else '~'} {o.training}" for o in overlaps[:most])
+    # the ids are the data's, and go to terminals
+    pairs = ", ".join(f"{o.evaluation!r} {'=' if o.exact else '~'} {o.training!r}" for o in overlaps[:most])
     rest = ", ..." if len(overlaps) > most else ""
     return f"of its {size} problems, {len(exact)} match training problems exactly and {len(near)} nearly: {pairs}{rest}"
