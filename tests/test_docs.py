@@ -28,6 +28,7 @@ from cppo_lightning.rollout.settings import check_same_on_ranks
 from cppo_lightning.verifiers.base import Outcome, Problem, Verdict
 from cppo_lightning.verifiers.math_answer import MathAnswer
 from tests.documents import blocks_of, contains, files_of
+from tests.test_architecture import ORDER
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
@@ -47,6 +48,7 @@ PARSED = {
     "* --config configs/base.yaml *": "needs GPUs, vLLM and the hub",
     "* resume-check --config configs/debug.yaml --kills 2": "tests/test_resume_check.py runs it",
     "* export runs/qwen3-1.7b-base/*": "the run needs GPUs",
+    "* --config configs/debug.yaml --config mine.yaml": "needs a GPU and a model; on the tiny model it runs",
 }
 # where pages' classes are looked for
 PUBLIC = (
@@ -96,6 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> P
         for name, content in files_of(blocks_of(text)).items():
             assert not (home / name).exists(), f"two pages have a {name}"
             (home / name).write_text(content)
+    (home / "held_out.jsonl").write_text('{"question": "What is 6 plus 9?", "answer": "15"}\n')  # a reader's own
     return home
 
 
@@ -142,6 +145,15 @@ def test_commands_run(page: str, folder: Path, done: dict[str, list[str]], capsy
         assert steps[0] == ["0"]
         assert int(steps[1][0]) > 0
         assert list(folder.glob("runs/debug/*/evaluations/sums/step=0.parquet"))
+    if page == "howto/own_model.md":
+        assert "evaluation at step 0 | eval/held_out/avg@8" in done[page][0]
+        assert list(folder.glob("runs/mine/version_0/checkpoints/last.ckpt"))
+    if page == "howto/compare_runs.md":
+        lines = done[page][-1].splitlines()
+        firsts = [re.search(r"^runs/(\w+)/.*: rollout/reward first (\S+),.* mean of 3 ", line) for line in lines]
+        assert [found and found[1] for found in firsts] == ["cppo", "grpo"]
+        # with equal seeds both begin with the same samples
+        assert len({found[2] for found in firsts if found}) == 1
     if page == "howto/dry_run.md":
         sections = re.findall(r"^- \*\*([\w ]+)\*\*", PAGES[page], re.MULTILINE)
         assert len(sections) == 5
@@ -217,6 +229,11 @@ def test_the_table_of_strategies() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \|", PAGES["cluster.md"].split("## Launchers")[0], re.MULTILINE)) == files
 
 
+def test_the_order_of_imports_is_the_one_that_is_tested() -> None:
+    order = PAGES["architecture.md"].split("holds it to that.")[1].split("\n\n")[1]
+    assert [set(re.findall(r"`(\w+)`", names)) for names in order.split(">")] == list(ORDER[:-1])  # but for the package's own
+
+
 def test_tags_are_those_of_the_dictionary() -> None:
     """Every tag that a page names in code is one that a run may log."""
     pattern = re.compile(r"`((?:rollout|train|mask|budget|trust_region|mismatch|canary|eval|data|samples)/[^`]+)`")
@@ -249,6 +266,18 @@ def test_classes_are_there() -> None:
     assert named - known == others
 
 
+def test_what_a_config_evaluates_is_not_what_it_is_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both traps of howto/own_model.md: an evaluation of its own, and keys that stay when the class changes."""
+    config = resolved(["fit", "--config", "configs/quickstart.yaml", "--config", "mine.yaml"], capsys)
+    named = [callback.get("init_args", {}).get("datasets", {}) for callback in config["trainer"]["callbacks"]]
+    sums = config["data"]["evaluation"]["prompts"]
+    assert [sums] == [sets["heldout_sums"] for sets in named if "heldout_sums" in sets]
+    path = ["--data.prompts", "cppo_lightning.rollout.DatasetPrompts", "--data.prompts.init_args.path", "problems.jsonl"]
+    kept = resolved(["fit", "--config", "configs/quickstart.yaml", *path], capsys)["data"]["prompts"]["init_args"]
+    assert (kept["name"], kept["split"]) == ("basic_arithmetic", "train")
+    assert (config["data"]["prompts"]["init_args"]["name"], sums["init_args"]["split"]) == (None, "heldout")
+
+
 ANSWERS = {
     "data.plan.prompts = 5": ["--data.plan.prompts", "5"],
     "data.sampling is truncated": ["--data.sampling.top_p", "0.9"],
@@ -261,6 +290,17 @@ def test_messages_are_those_of_the_program(message: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["fit", "--config", "configs/debug.yaml", *ANSWERS[message]])
     assert capsys.readouterr().err.splitlines()[-1].startswith(shown)
+
+
+def test_the_message_before_make_debug(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(REPOSITORY / "configs" / "debug.yaml")])
+    shown = "error: model.policy.path 'models/tiny' "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(shown)
+    assert f"| `{shown}...` |" in PAGES["troubleshooting.md"]
 
 
 # a pool that has never checked a problem by its deadline
