@@ -380,7 +380,7 @@ def test_nothing_that_a_data_set_calls_its_problems_is_markup_or_drives_a_termin
     text = events(tmp_path).Tensors("data/report/text_summary")[0].tensor_proto.string_val[0].decode()
     for shown in (capsys.readouterr().out, text):
         assert all(c.isprintable() or c == "\n" for c in shown)
-        assert "e\\x1b]0;mine\\x07\\n\\n# big <b>x</b>\\u202e = t" in shown
+        assert "'e\\x1b]0;mine\\x07\\n\\n# big <b>x</b>\\u202e' = 't" in shown
     notes = text.split("\n\n")[1].split("\n")
     assert len(notes) == 2
     assert all(note.startswith("    held") for note in notes)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cppo_lightning.engines.engine import Completion, OnCompletion, RolloutEngine
-from cppo_lightning.errors import RolloutError
+from cppo_lightning.errors import ConfigError, RolloutError
 from cppo_lightning.rollout import PromptTemplate, Sampler, Sampling, TransformersEngine
 from cppo_lightning.rollout.sampler import Rollout
 from cppo_lightning.verifiers import MathAnswer, Outcome, Problem, Verdict, VerifierPool
@@ -225,3 +225,21 @@ class TestFailures:
                 return future
 
         self.fails(Scripted(tokenizer), tokenizer, Broken(), "verifier workers end", 15)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 1.0},
+    ],
+)
+def test_draws_that_cannot_be_made_are_refused(bad: dict[str, Any]) -> None:
+    ((name, value),) = bad.items()
+    with pytest.raises(ConfigError, match=rf"sampling\.{name} must be .*, got {value}"):
+        Sampling(**bad)
