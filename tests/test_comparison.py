@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from benchmarks.comparison import one_run, slips
+from benchmarks.comparison import one_run, slips, sweep
 from benchmarks.comparison.__main__ import PAGE, main, parser
 from benchmarks.comparison.board import Board
 from benchmarks.comparison.cost import Cost, Times, cost_of
@@ -399,6 +401,21 @@ class TestCommands:
 
         assert model(0.1) == model(0.1)
         assert len({model(0.1), model(0.2), model(0.1, "--seed=1")}) == 3
+
+    def test_a_folder_is_one_sweeps_and_runs_of_a_killed_one_may_take_a_moment_to_end(
+        self, done: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.collect(done)
+        again = Sweep(load_study(done / "study.yaml"), done / "again", [0])
+        again.folder.mkdir()
+        with (again.folder / ".lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with monkeypatch.context() as patch:
+                patch.setattr(sweep, "_DYING", 0.0)
+                with pytest.raises(ConfigError, match="again' is in use by a sweep that is under way"):
+                    again.take_over(done / "collected.parquet")
+            threading.Timer(0.5, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+            assert again.take_over(done / "collected.parquet") == 2
 
     def test_where_it_cannot_run_or_write_is_said_before_it_does(self, done: Path, capsys: pytest.CaptureFixture[str]) -> None:
         study, file = ["--study", str(done / "study.yaml")], done / "file"
